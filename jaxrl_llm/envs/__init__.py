@@ -1,0 +1,1 @@
+"""Environments as pure step functions of one patient; `core` batches and resets all of them."""

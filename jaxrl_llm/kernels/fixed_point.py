@@ -1,0 +1,182 @@
+"""The loop that every Bellman solver shares: look ahead, measure the residual, update the value.
+
+`bellman` holds the solvers; each is one `update` handed to `fixed_point`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jaxrl_llm.types import MDP, Array, PyTree, Solution, SuccessorMDP
+
+Problem = MDP | SuccessorMDP
+
+# A batch of problems of at least this many numbers each is solved one at a time on a CPU, where
+# each stays in cache and stops by itself; smaller ones, and all on an accelerator, in lockstep.
+_SEQUENTIAL_SIZE = 4096
+
+
+def greedy(
+    q: Array, action_mask: Array | None = None, *, slack: float | Array | None = None
+) -> Array:
+    """The allowed action of highest value, ties to the lowest index.
+
+    Args:
+      q: `[..., A]`.
+      action_mask: `[..., A]` bool, True where allowed; all are when None.
+      slack: actions within this much of the best tie with it; only equal ones when None.
+
+    Returns:
+      Actions, `[...]` int32.
+
+    >>> import jax.numpy as jnp
+    >>> greedy(jnp.array([3.0, 2.0, 2.0]), jnp.array([False, True, True])).item()
+    1
+    """
+    allowed = q if action_mask is None else jnp.where(action_mask, q, -jnp.inf)
+    if slack is not None:
+        allowed = allowed >= jnp.max(allowed, axis=-1, keepdims=True) - slack
+    return jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+
+
+class Model(NamedTuple):
+    """A problem with what every sweep needs of it, computed once; terminal rows are 0."""
+
+    mdp: Problem
+    reward: Array  # [S, A]
+    discount: Array  # [S]
+
+    @classmethod
+    def of(cls, mdp: Problem) -> Model:
+        reward = jnp.where(mdp.terminal[:, None], 0, mdp.expected_reward())
+        return cls(mdp, reward, jnp.where(mdp.terminal, 0, mdp.discount))
+
+    def look_ahead(self, value: Array) -> Array:
+        return self.reward + self.discount[:, None] * self.mdp.expect(value)
+
+    def best(self, q: Array) -> Array:
+        return jnp.max(jnp.where(self.mdp.action_mask, q, -jnp.inf), axis=-1)
+
+    def chain(self, policy: Array) -> Callable[[Array], Array]:
+        """value `[S]` -> E[value(s')] `[S]` under one action a state."""
+        restricted = self.mdp.restrict(policy)
+        return lambda value: restricted.expect(value)[:, 0]
+
+    def sweep(self, policy: Array) -> Callable[[Array], Array]:
+        chain, reward = self.chain(policy), average(self.reward, policy)
+        return lambda value: reward + self.discount * chain(value)
+
+    def solve(self, policy: Array, reward: Array) -> Array:
+        """V of `policy` for rewards `[S, A]`, 0 where the system has no solution."""
+        matrix = jnp.eye(self.mdp.num_states, dtype=reward.dtype)
+        matrix = matrix - self.discount[:, None] * self.mdp.under(policy)
+        value = jnp.linalg.solve(matrix, average(reward, policy))
+        return jnp.where(jnp.all(jnp.isfinite(value)), value, 0)
+
+
+class Iterate(NamedTuple):
+    """Where a solver stands: `q` is one look-ahead on `value`, `residual` that of `value`."""
+
+    value: Array
+    q: Array
+    residual: Array
+    iterations: Array
+    memory: PyTree
+
+
+def fixed_point(
+    model: Model,
+    backup: Callable[[Array], Array],
+    update: Callable[[Iterate], tuple[Array, PyTree]],
+    tolerance: float | Array,
+    max_iterations: int | Array,
+    value: Array | None = None,
+    memory: PyTree = (),
+) -> Solution:
+    """Updates `value` until backup(q) equals it; every solver differs only in its `update`."""
+
+    def look(value: Array, q: Array, iterations: Array, memory: PyTree) -> Iterate:
+        residual = jnp.max(jnp.abs(backup(q) - value))
+        return Iterate(value, q, residual, iterations, memory)
+
+    def unfinished(iterate: Iterate) -> Array:
+        above = iterate.residual > threshold(tolerance, iterate.value)
+        return above & (iterate.iterations < max_iterations)
+
+    def body(iterate: Iterate) -> Iterate:
+        value, memory = update(iterate)
+        return look(value, model.look_ahead(value), iterate.iterations + 1, memory)
+
+    if value is None:
+        first = look(jnp.zeros_like(model.reward[:, 0]), model.reward, jnp.int32(0), memory)
+    else:
+        first = look(value, model.look_ahead(value), jnp.int32(0), memory)
+    iterate = jax.lax.while_loop(unfinished, body, first)
+    return solution(model, iterate, tolerance)
+
+
+def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Solution:
+    """The `Solution` of a finished iterate; `memory`, where it is an array, is its policy."""
+    slack = threshold(tolerance, iterate.value)
+    policy = greedy(iterate.q, model.mdp.action_mask, slack=slack)
+    return Solution(
+        value=iterate.value,
+        q=iterate.q,
+        policy=policy if isinstance(iterate.memory, tuple) else iterate.memory,
+        iterations=iterate.iterations,
+        residual=iterate.residual,
+        converged=iterate.residual <= slack,
+    )
+
+
+def threshold(tolerance: float | Array, value: Array) -> Array:
+    """The tolerance, or the rounding error of a backup where that is larger."""
+    rounding = 8 * jnp.finfo(value.dtype).eps * jnp.max(jnp.abs(value))
+    return jnp.maximum(jnp.asarray(tolerance, value.dtype), rounding)
+
+
+def average(q: Array, policy: Array) -> Array:
+    """E[q(s, a)] `[S]` under action probabilities `[S, A]` or one action a state `[S]`."""
+    if policy.ndim == 1:
+        return jnp.take_along_axis(q, policy[:, None], axis=1)[:, 0]
+    return jnp.sum(policy * q, axis=-1)
+
+
+def batchable(
+    solve: Callable[[Problem, Array, Array], Solution],
+    mdp: Problem,
+    tolerance: float | Array,
+    max_iterations: int | Array,
+) -> Solution:
+    """Calls `solve`, with a rule for `vmap` that suits the memory of the machine."""
+    solve_batchable = custom_vmap(solve)
+
+    @solve_batchable.def_vmap
+    def _(axis_size: int, in_batched: Any, *arguments: Any) -> tuple[Solution, Any]:
+        leaves, treedef = jax.tree.flatten(arguments)
+        batched = jax.tree.leaves(in_batched)
+        rows = [leaf for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
+
+        def problem(row: list[Array]) -> Any:
+            parts = iter(row)
+            whole = [next(parts) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+            return jax.tree.unflatten(treedef, whole)
+
+        def in_turn(rows: list[Array]) -> Solution:
+            return jax.lax.map(lambda row: solve_batchable(*problem(row)), rows)
+
+        def in_lockstep(rows: list[Array]) -> Solution:
+            return jax.vmap(lambda row: solve(*problem(row)))(rows)
+
+        if sum(row.size for row in rows) // axis_size < _SEQUENTIAL_SIZE:
+            solution = in_lockstep(rows)
+        else:
+            solution = jax.lax.platform_dependent(rows, cpu=in_turn, default=in_lockstep)
+        return solution, jax.tree.map(lambda _: True, solution)
+
+    return solve_batchable(mdp, jnp.asarray(tolerance), jnp.asarray(max_iterations))

@@ -1,0 +1,320 @@
+"""Every pytree and protocol shared by two or more parts of the library.
+
+Shapes use `S` states, `A` actions, `T` time steps, `B` parallel trajectories, `N` distinct
+state-action rows and `K` successors. Control is time-major, `[T, B, ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+if TYPE_CHECKING:
+    import distrax
+
+Array = jax.Array
+Key = jax.Array
+PyTree = Any
+
+
+@struct.dataclass(kw_only=True)
+class MDP:
+    """A finite Markov decision process with dense transitions.
+
+    A terminal state ends the episode on arrival: its value is 0 whatever its row says. Solvers
+    read an MDP only through `expect`, `expected_reward` and `under`, which `SuccessorMDP` shares.
+
+    Attributes:
+      transition: `[S, A, S]`, the probability of each next state.
+      reward: `[S, A, S]`, received on the way to each next state, or `[S, A, 1]` where it does not
+        depend on it (half the memory of a large problem).
+      discount: `[]`, in [0, 1].
+      initial: `[S]`, the law of the first state.
+      terminal: `[S]` bool.
+      action_mask: `[S, A]` bool, True where the action is allowed.
+    """
+
+    transition: Array
+    reward: Array
+    discount: Array
+    initial: Array
+    terminal: Array
+    action_mask: Array
+
+    @property
+    def num_states(self) -> int:
+        return self.action_mask.shape[-2]
+
+    @property
+    def num_actions(self) -> int:
+        return self.action_mask.shape[-1]
+
+    def expect(self, value: Array) -> Array:
+        """E[value(s') | s, a] for `value` `[S]`, as `[S, A]`."""
+        rows = self.transition.reshape(-1, self.num_states)
+        return (rows @ value).reshape(self.action_mask.shape)
+
+    def expected_reward(self) -> Array:
+        """E[reward(s, a, s') | s, a], `[S, A]`."""
+        if self.reward.shape[-1] == 1:
+            return self.reward[..., 0]
+        return jnp.sum(self.transition * self.reward, axis=-1)
+
+    def under(self, policy: Array) -> Array:
+        """The transition matrix `[S, S]` of the chain that `policy` induces.
+
+        Args:
+          policy: action probabilities `[S, A]`, or one action a state `[S]` (integers).
+        """
+        if policy.ndim == 1:
+            return jnp.take_along_axis(self.transition, policy[:, None, None], axis=1)[:, 0]
+        return jnp.einsum("sa,sat->st", policy, self.transition)
+
+    def restrict(self, policy: Array) -> MDP:
+        """The process with one action a state, that of `policy` `[S]` (integers)."""
+        index = policy[:, None, None]
+        return self.replace(
+            transition=jnp.take_along_axis(self.transition, index, axis=1),
+            reward=jnp.take_along_axis(self.reward, index, axis=1),
+            action_mask=jnp.take_along_axis(self.action_mask, index[..., 0], axis=1),
+        )
+
+
+@struct.dataclass(kw_only=True)
+class SuccessorMDP:
+    """The same process by padded successor lists, for sparse problems.
+
+    Many state-action pairs share one law (every inadmissible action of ICU-Sepsis, every move
+    into a wall), so only the `N` distinct rows are stored, and `row` says which one a pair uses.
+    A padded successor has probability 0.
+
+    Attributes:
+      successor: `[N, K]` int32, next states.
+      probability: `[N, K]`, their probabilities.
+      reward: `[N, K]`, received on the way to each.
+      row: `[S, A]` int32, in [0, N).
+      discount: `[]`.
+      initial: `[S]`.
+      terminal: `[S]` bool.
+      action_mask: `[S, A]` bool.
+    """
+
+    successor: Array
+    probability: Array
+    reward: Array
+    row: Array
+    discount: Array
+    initial: Array
+    terminal: Array
+    action_mask: Array
+
+    @property
+    def num_states(self) -> int:
+        return self.action_mask.shape[-2]
+
+    @property
+    def num_actions(self) -> int:
+        return self.action_mask.shape[-1]
+
+    def expect(self, value: Array) -> Array:
+        """E[value(s') | s, a] for `value` `[S]`, as `[S, A]`."""
+        return jnp.einsum("nk,nk->n", self.probability, value[self.successor])[self.row]
+
+    def expected_reward(self) -> Array:
+        """E[reward(s, a, s') | s, a], `[S, A]`."""
+        return jnp.einsum("nk,nk->n", self.probability, self.reward)[self.row]
+
+    def under(self, policy: Array) -> Array:
+        """The transition matrix `[S, S]` of the chain that `policy` (as in `MDP.under`) induces."""
+        states = jnp.arange(self.num_states)
+        matrix = jnp.zeros((self.num_states, self.num_states), self.probability.dtype)
+        if policy.ndim == 1:
+            row = self.row[states, policy]
+            return matrix.at[states[:, None], self.successor[row]].add(self.probability[row])
+        weight = policy[:, :, None] * self.probability[self.row]
+        return matrix.at[states[:, None, None], self.successor[self.row]].add(weight)
+
+    def restrict(self, policy: Array) -> SuccessorMDP:
+        """The process with one action a state, that of `policy` `[S]` (integers)."""
+        row = jnp.take_along_axis(self.row, policy[:, None], axis=1)[:, 0]
+        return self.replace(
+            successor=self.successor[row],
+            probability=self.probability[row],
+            reward=self.reward[row],
+            row=jnp.arange(self.num_states)[:, None],
+            action_mask=jnp.take_along_axis(self.action_mask, policy[:, None], axis=1),
+        )
+
+
+@struct.dataclass(kw_only=True)
+class Solution:
+    """What a solver returns: never NaN, never a sentinel; `converged` says whether to trust it.
+
+    Attributes:
+      value: `[S]`.
+      q: `[S, A]`, one look-ahead on `value`; actions that are not allowed have one too.
+      policy: `[S]` int32, greedy in `q` among allowed actions, ties to the lowest index.
+      iterations: `[]` int32, sweeps or improvements, as the solver documents.
+      residual: `[]`, the sup-norm Bellman residual of `value`; the distance of `value` from the
+        fixed point is at most `residual / (1 - discount)`.
+      converged: `[]` bool, whether `residual` reached the tolerance.
+    """
+
+    value: Array
+    q: Array
+    policy: Array
+    iterations: Array
+    residual: Array
+    converged: Array
+
+
+@struct.dataclass(kw_only=True)
+class TimeStep:
+    """What an environment returns from `step`, before any reset.
+
+    Attributes:
+      observation: of the state that the action led to, even when that state ended the episode.
+      reward: `[]` float32.
+      terminated: `[]` bool, the process itself ended (death, discharge): nothing to bootstrap.
+      truncated: `[]` bool, a time limit cut the episode: bootstrap from `observation`.
+      info: a dict of arrays; `action_mask` `[A]` bool, where given, masks the NEXT action.
+    """
+
+    observation: PyTree
+    reward: Array
+    terminated: Array
+    truncated: Array
+    info: dict[str, Array]
+
+
+@struct.dataclass(kw_only=True)
+class Transition:
+    """One step of experience, leaves `[T, B, ...]` when stacked by a rollout.
+
+    Attributes:
+      observation: before the action.
+      action: taken.
+      reward: received.
+      terminated: bool, `next_observation` is a terminal state.
+      truncated: bool, a time limit cut the episode after this step.
+      next_observation: after the action and BEFORE any reset, so that a timeout bootstraps.
+      extras: what the policy wants to remember, such as `log_probability` or `value`.
+    """
+
+    observation: PyTree
+    action: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    next_observation: PyTree
+    extras: dict[str, Array]
+
+
+@struct.dataclass(kw_only=True)
+class Mean:
+    """A mean kept as total and weight, so that it adds exactly over minibatches and devices.
+
+    >>> import jax.numpy as jnp
+    >>> parts = Mean.of(jnp.array([1.0, 2.0])) + Mean.of(jnp.array([6.0]))
+    >>> float(parts.mean)
+    3.0
+    """
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, values: Array, mask: Array | None = None) -> Mean:
+        """Of all elements of `values`, or of those where `mask` (same shape) is True."""
+        values = jnp.asarray(values)
+        if mask is None:
+            return cls(total=jnp.sum(values), weight=jnp.asarray(values.size, values.dtype))
+        mask = mask.astype(bool)
+        weight = jnp.sum(mask).astype(values.dtype)
+        return cls(total=jnp.sum(jnp.where(mask, values, 0)), weight=weight)
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(total=self.total + other.total, weight=self.weight + other.weight)
+
+    @property
+    def mean(self) -> Array:
+        """total / weight, and 0 where nothing was counted."""
+        return jnp.where(
+            self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1), 0
+        )
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+    """Parameters, their optimiser's state and the number of optimiser steps taken `[]`."""
+
+    params: PyTree
+    opt_state: PyTree
+    step: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discrete:
+    """The integers 0 .. `num - 1`."""
+
+    num: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """Arrays of `shape`, each element in [`low`, `high`]."""
+
+    shape: tuple[int, ...]
+    low: float | tuple[float, ...]
+    high: float | tuple[float, ...]
+
+
+Space = Discrete | Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """An environment as pure functions of ONE patient; batch them with `vmap`.
+
+    Attributes:
+      name: for logs and error messages.
+      reset: `(key, params) -> (state, observation)`.
+      step: `(key, state, action, params) -> (state, TimeStep)`. It does not reset.
+      action_mask: `(state, params) -> [A]` bool, which actions are allowed in `state`. None where
+        all are, always; where given, `TimeStep.info["action_mask"]` repeats it for the new state.
+      default_params: a pytree of arrays, the third argument of every call.
+      observation_space: of one observation.
+      action_space: of one action.
+    """
+
+    name: str
+    reset: Callable[[Key, PyTree], tuple[PyTree, PyTree]]
+    step: Callable[[Key, PyTree, Array, PyTree], tuple[PyTree, TimeStep]]
+    default_params: PyTree
+    observation_space: Space
+    action_space: Space
+    action_mask: Callable[[PyTree, PyTree], Array] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A learner as two pure functions; a whole training is `jit(scan(step))`, seeds a `vmap`.
+
+    Attributes:
+      init: `(key) -> state`.
+      step: `(key, state) -> (state, metrics)`; metrics are a flat dict of `Mean`.
+    """
+
+    init: Callable[[Key], PyTree]
+    step: Callable[[Key, PyTree], tuple[PyTree, dict[str, Mean]]]
+
+
+class Policy(Protocol):
+    """Anything that maps parameters and one observation to a distribution over actions."""
+
+    def __call__(self, params: PyTree, observation: PyTree) -> distrax.Distribution: ...
