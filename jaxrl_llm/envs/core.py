@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxrl_llm import checks
-from jaxrl_llm.types import Array, Environment, Key, PyTree, TimeStep, Transition
+from jaxrl_llm.types import Array, Discrete, Environment, Key, PyTree, Space, TimeStep, Transition
 
 # (key, observation [B, ...], action_mask [B, A] or None) -> (action [B, ...], extras)
 BatchPolicy = Callable[[Key, PyTree, Array | None], tuple[Array, dict[str, Array]]]
@@ -157,6 +157,15 @@ def rollout(
         )
 
     return jax.lax.scan(body, running, jax.random.split(key, num_steps))
+
+
+def example(space: Space) -> Array:
+    """An element of `space`, to initialise a network with."""
+    if isinstance(space, Discrete):
+        return jnp.int32(0)
+    return jnp.broadcast_to(
+        jnp.clip(0.0, min=jnp.asarray(space.low), max=jnp.asarray(space.high)), space.shape
+    )
 
 
 @struct.dataclass(kw_only=True)

@@ -21,12 +21,12 @@ from jaxrl_llm.kernels.fixed_point import (
     Iterate,
     Model,
     Problem,
+    accelerated,
     average,
     batchable,
     fixed_point,
     greedy,
     solution,
-    threshold,
 )
 from jaxrl_llm.types import MDP, Array, Solution, SuccessorMDP
 
@@ -70,10 +70,11 @@ def policy_evaluation(mdp: Problem, policy: Array, *, tolerance: float | Array =
     Source: Sutton & Barto (2018), equation 4.4.
     """
     model = Model.of(mdp)
-    value = model.solve(policy, model.reward)
+    value = model.solve(policy).value
     q = model.look_ahead(value)
     residual = jnp.max(jnp.abs(average(q, policy) - value))
-    return solution(model, Iterate(value, q, residual, jnp.int32(1), ()), tolerance)
+    iterate = Iterate(value, q, residual, jnp.int32(1), jnp.bool_(True), ())
+    return solution(model, iterate, tolerance)
 
 
 def iterative_policy_evaluation(
@@ -163,22 +164,28 @@ def policy_iteration(
 
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
-        uniform = uniform_policy(mdp)
-        start = model.solve(uniform, model.reward)
-        q = model.look_ahead(start)
+        start = model.solve(uniform_policy(mdp))
+        q = model.look_ahead(start.value)
         # Among actions that tie for the best, the one that leads out soonest: without it the first
         # policy could circle for ever among states of equal value, where discount 1 has no V.
-        duration = model.solve(uniform, jnp.where(mdp.terminal[:, None], 0, jnp.ones_like(q)))
-        tied = mdp.action_mask & (q >= (model.best(q) - threshold(tolerance, start))[:, None])
-        first = greedy(-mdp.expect(duration), tied)
+        # There the error of a backup also counts once for every step to the end.
+        steps = jnp.where(mdp.discount < 1, 1, jnp.max(start.duration))
+        slack = steps * model.threshold(tolerance, start.value)
+        tied = mdp.action_mask & (q >= (model.best(q) - slack)[:, None])
+        first = greedy(-mdp.expect(start.duration), tied)
 
         def update(iterate: Iterate) -> tuple[Array, Array]:
             gain = model.best(iterate.q) - average(iterate.q, iterate.memory)
-            better = gain > threshold(tolerance, iterate.value)
+            better = gain > model.threshold(tolerance, iterate.value)
             policy = jnp.where(better, greedy(iterate.q, mdp.action_mask), iterate.memory)
-            return model.solve(policy, model.reward), policy
+            new = model.solve(policy)
+            # Where rounding made circling for ever look like a gain, the old policy stands.
+            return (
+                jnp.where(new.ends, new.value, iterate.value),
+                jnp.where(new.ends, policy, iterate.memory),
+            )
 
-        value = model.solve(first, model.reward)
+        value = model.solve(first).value
         return fixed_point(model, model.best, update, tolerance, max_iterations, value, first)
 
     return batchable(solve, mdp, tolerance, max_iterations)
@@ -220,7 +227,7 @@ def modified_policy_iteration(
             jnp.any(mdp.terminal), mdp.expect, lambda _: jnp.ones_like(model.reward), alive
         )
 
-        def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
+        def improve(iterate: Iterate) -> Array:
             policy = greedy(iterate.q, mdp.action_mask)
             stays = average(staying, policy)
             sweep = model.sweep(policy)
@@ -231,9 +238,9 @@ def modified_policy_iteration(
                 (iterate.value, model.best(iterate.q)),
             )
             constant = jnp.sum(following - value) / jnp.sum(alive - stays)
-            return following + constant * stays, ()
+            return following + constant * stays
 
-        return fixed_point(model, model.best, update, tolerance, max_iterations)
+        return accelerated(model, improve, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
 
@@ -262,7 +269,7 @@ def inexact_policy_iteration(
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
 
-        def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
+        def improve(iterate: Iterate) -> Array:
             chain = model.chain(greedy(iterate.q, mdp.action_mask))
             correction, _ = bicgstab(
                 lambda change: change - model.discount * chain(change),
@@ -270,9 +277,9 @@ def inexact_policy_iteration(
                 tol=_FORCING,
                 maxiter=100,
             )
-            return iterate.value + correction, ()
+            return iterate.value + correction
 
-        return fixed_point(model, model.best, update, tolerance, max_iterations)
+        return accelerated(model, improve, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
 

@@ -20,6 +20,12 @@ Problem = MDP | SuccessorMDP
 # each stays in cache and stops by itself; smaller ones, and all on an accelerator, in lockstep.
 _SEQUENTIAL_SIZE = 4096
 
+# Units in the last place of max |V| that the rounding of one backup may cost.
+_ROUNDING = 8
+
+# Values in a row that may fail to shrink the residual before value iteration takes over.
+_PATIENCE = 10
+
 
 def greedy(
     q: Array, action_mask: Array | None = None, *, slack: float | Array | None = None
@@ -44,17 +50,27 @@ def greedy(
     return jnp.argmax(allowed, axis=-1).astype(jnp.int32)
 
 
+class Evaluation(NamedTuple):
+    """What a direct solve knows of a policy; all 0 where the policy never ends."""
+
+    value: Array  # [S]
+    duration: Array  # [S], the expected (discounted) number of steps
+    ends: Array  # [] bool
+
+
 class Model(NamedTuple):
     """A problem with what every sweep needs of it, computed once; terminal rows are 0."""
 
     mdp: Problem
     reward: Array  # [S, A]
     discount: Array  # [S]
+    scale: Array  # [], the largest |reward|
 
     @classmethod
     def of(cls, mdp: Problem) -> Model:
         reward = jnp.where(mdp.terminal[:, None], 0, mdp.expected_reward())
-        return cls(mdp, reward, jnp.where(mdp.terminal, 0, mdp.discount))
+        discount = jnp.where(mdp.terminal, 0, mdp.discount)
+        return cls(mdp, reward, discount, jnp.max(jnp.abs(reward)))
 
     def look_ahead(self, value: Array) -> Array:
         return self.reward + self.discount[:, None] * self.mdp.expect(value)
@@ -71,12 +87,23 @@ class Model(NamedTuple):
         chain, reward = self.chain(policy), average(self.reward, policy)
         return lambda value: reward + self.discount * chain(value)
 
-    def solve(self, policy: Array, reward: Array) -> Array:
-        """V of `policy` for rewards `[S, A]`, 0 where the system has no solution."""
-        matrix = jnp.eye(self.mdp.num_states, dtype=reward.dtype)
+    def solve(self, policy: Array) -> Evaluation:
+        matrix = jnp.eye(self.mdp.num_states, dtype=self.reward.dtype)
         matrix = matrix - self.discount[:, None] * self.mdp.under(policy)
-        value = jnp.linalg.solve(matrix, average(reward, policy))
-        return jnp.where(jnp.all(jnp.isfinite(value)), value, 0)
+        alive = jnp.where(self.mdp.terminal, 0, jnp.ones_like(self.discount))
+        sides = jnp.stack([average(self.reward, policy), alive], axis=1)
+        value, duration = jnp.linalg.solve(matrix, sides).T
+        # The longest duration is the norm of the inverse matrix: beyond 1 / rounding, the matrix
+        # is singular to working precision, and its finite "solution" is noise.
+        ends = _ROUNDING * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(duration)) < 1
+        return Evaluation(jnp.where(ends, value, 0), jnp.where(ends, duration, 0), ends)
+
+    def threshold(self, tolerance: float | Array, value: Array) -> Array:
+        """The tolerance, or the rounding error of a backup where that is larger."""
+        rounding = _ROUNDING * jnp.finfo(value.dtype).eps * jnp.max(jnp.abs(value))
+        # A value beside which the rewards vanish solves nothing, however small its residual seems.
+        rounding = jnp.where(rounding < self.scale, rounding, 0)
+        return jnp.maximum(jnp.asarray(tolerance, value.dtype), rounding)
 
 
 class Iterate(NamedTuple):
@@ -86,6 +113,7 @@ class Iterate(NamedTuple):
     q: Array
     residual: Array
     iterations: Array
+    moved: Array  # [] bool, False where the last update changed nothing: none ever will
     memory: PyTree
 
 
@@ -100,29 +128,58 @@ def fixed_point(
 ) -> Solution:
     """Updates `value` until backup(q) equals it; every solver differs only in its `update`."""
 
-    def look(value: Array, q: Array, iterations: Array, memory: PyTree) -> Iterate:
+    def look(value: Array, q: Array, iterations: Array, moved: Array, memory: PyTree) -> Iterate:
         residual = jnp.max(jnp.abs(backup(q) - value))
-        return Iterate(value, q, residual, iterations, memory)
+        return Iterate(value, q, residual, iterations, moved, memory)
 
     def unfinished(iterate: Iterate) -> Array:
-        above = iterate.residual > threshold(tolerance, iterate.value)
-        return above & (iterate.iterations < max_iterations)
+        above = iterate.residual > model.threshold(tolerance, iterate.value)
+        return above & iterate.moved & (iterate.iterations < max_iterations)
 
     def body(iterate: Iterate) -> Iterate:
         value, memory = update(iterate)
-        return look(value, model.look_ahead(value), iterate.iterations + 1, memory)
+        moved = jnp.any(value != iterate.value)
+        return look(value, model.look_ahead(value), iterate.iterations + 1, moved, memory)
 
     if value is None:
-        first = look(jnp.zeros_like(model.reward[:, 0]), model.reward, jnp.int32(0), memory)
+        value, q = jnp.zeros_like(model.discount), model.reward
     else:
-        first = look(value, model.look_ahead(value), jnp.int32(0), memory)
+        q = model.look_ahead(value)
+    first = look(value, q, jnp.int32(0), jnp.bool_(True), memory)
     iterate = jax.lax.while_loop(unfinished, body, first)
     return solution(model, iterate, tolerance)
 
 
+def accelerated(
+    model: Model,
+    improve: Callable[[Iterate], Array],
+    tolerance: float | Array,
+    max_iterations: int | Array,
+) -> Solution:
+    """The optimal value by `improve`, and by value iteration should that lead nowhere.
+
+    With discount 1 a greedy policy may never end, and then an evaluation of it, however partial,
+    can lead anywhere. So the first `_PATIENCE` values in a row that do not shrink the residual are
+    thrown away, and sweeps take over from the best one before them.
+    """
+
+    def update(iterate: Iterate) -> tuple[Array, tuple[Array, Array, Array]]:
+        refuge, least, failures = iterate.memory
+        sweep = model.best(iterate.q)
+        better, given_up = iterate.residual < least, failures >= _PATIENCE
+        refuge = jnp.where(better | given_up, sweep, refuge)
+        failures = jnp.where(given_up, failures, jnp.where(better, 0, failures + 1))
+        value = jax.lax.cond(failures < _PATIENCE, improve, lambda _: refuge, iterate)
+        value = jnp.where(jnp.all(jnp.isfinite(value)), value, sweep)
+        return value, (refuge, jnp.minimum(least, iterate.residual), failures)
+
+    memory = jnp.zeros_like(model.discount), jnp.full_like(model.scale, jnp.inf), jnp.int32(0)
+    return fixed_point(model, model.best, update, tolerance, max_iterations, memory=memory)
+
+
 def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Solution:
     """The `Solution` of a finished iterate; `memory`, where it is an array, is its policy."""
-    slack = threshold(tolerance, iterate.value)
+    slack = model.threshold(tolerance, iterate.value)
     policy = greedy(iterate.q, model.mdp.action_mask, slack=slack)
     return Solution(
         value=iterate.value,
@@ -132,12 +189,6 @@ def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Soluti
         residual=iterate.residual,
         converged=iterate.residual <= slack,
     )
-
-
-def threshold(tolerance: float | Array, value: Array) -> Array:
-    """The tolerance, or the rounding error of a backup where that is larger."""
-    rounding = 8 * jnp.finfo(value.dtype).eps * jnp.max(jnp.abs(value))
-    return jnp.maximum(jnp.asarray(tolerance, value.dtype), rounding)
 
 
 def average(q: Array, policy: Array) -> Array:

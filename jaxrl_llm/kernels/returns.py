@@ -13,10 +13,11 @@ a CPU than batch-major).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxrl_llm import numerics
 from jaxrl_llm.types import Array
@@ -136,8 +137,7 @@ def gae(
     return numerics.reverse_recurrence(coefficients, (reward, discount, value, next_value, reset))
 
 
-@struct.dataclass(kw_only=True)
-class VTrace:
+class VTrace(NamedTuple):
     """The value target `[T]` and the policy-gradient advantage `[T]` of V-trace."""
 
     target: Array

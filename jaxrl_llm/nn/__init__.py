@@ -1,0 +1,1 @@
+"""Flax modules: parameters and forward passes, without losses."""
