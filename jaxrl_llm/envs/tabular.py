@@ -142,7 +142,8 @@ def alias_table(probability: np.ndarray) -> AliasTable:
     """
     num_laws, num_slots = probability.shape
     total = probability.sum(axis=1, keepdims=True, dtype=np.float64)
-    mass = probability * num_slots / np.where(total > 0, total, 1)
+    law = np.where(total > 0, probability, np.arange(num_slots) == 0)
+    mass = law * num_slots / np.where(total > 0, total, 1)
     laws = np.arange(num_laws)
     threshold = np.ones_like(mass)
     alias = np.tile(np.arange(num_slots), (num_laws, 1))

@@ -26,6 +26,7 @@ from jaxrl_llm.kernels.fixed_point import (
     batchable,
     fixed_point,
     greedy,
+    rounding_error,
     solution,
 )
 from jaxrl_llm.types import MDP, Array, Solution, SuccessorMDP
@@ -238,7 +239,7 @@ def modified_policy_iteration(
                 (iterate.value, model.best(iterate.q)),
             )
             constant = jnp.sum(following - value) / jnp.sum(alive - stays)
-            return following + constant * stays
+            return following + jnp.where(mdp.discount < 1, constant * stays, 0)
 
         return accelerated(model, improve, tolerance, max_iterations)
 
@@ -271,13 +272,17 @@ def inexact_policy_iteration(
 
         def improve(iterate: Iterate) -> Array:
             chain = model.chain(greedy(iterate.q, mdp.action_mask))
-            correction, _ = bicgstab(
-                lambda change: change - model.discount * chain(change),
-                model.best(iterate.q) - iterate.value,
-                tol=_FORCING,
-                maxiter=100,
-            )
-            return iterate.value + correction
+            gap = model.best(iterate.q) - iterate.value
+
+            def system(change: Array) -> Array:
+                return change - model.discount * chain(change)
+
+            correction, _ = bicgstab(system, gap, tol=_FORCING, maxiter=100)
+            # The system of a policy that never ends is singular: sweep until the policy ends.
+            error = jnp.linalg.norm(system(correction) - gap)
+            error = error + rounding_error(jnp.linalg.norm(correction))
+            solved = error < jnp.linalg.norm(gap)
+            return iterate.value + jnp.where(solved, correction, gap)
 
         return accelerated(model, improve, tolerance, max_iterations)
 

@@ -20,11 +20,8 @@ Problem = MDP | SuccessorMDP
 # each stays in cache and stops by itself; smaller ones, and all on an accelerator, in lockstep.
 _SEQUENTIAL_SIZE = 4096
 
-# Units in the last place of max |V| that the rounding of one backup may cost.
-_ROUNDING = 8
-
 # Values in a row that may fail to shrink the residual before value iteration takes over.
-_PATIENCE = 10
+_PATIENCE = 10**9
 
 
 def greedy(
@@ -95,12 +92,12 @@ class Model(NamedTuple):
         value, duration = jnp.linalg.solve(matrix, sides).T
         # The longest duration is the norm of the inverse matrix: beyond 1 / rounding, the matrix
         # is singular to working precision, and its finite "solution" is noise.
-        ends = _ROUNDING * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(duration)) < 1
+        ends = rounding_error(jnp.max(jnp.abs(duration))) < 1
         return Evaluation(jnp.where(ends, value, 0), jnp.where(ends, duration, 0), ends)
 
     def threshold(self, tolerance: float | Array, value: Array) -> Array:
         """The tolerance, or the rounding error of a backup where that is larger."""
-        rounding = _ROUNDING * jnp.finfo(value.dtype).eps * jnp.max(jnp.abs(value))
+        rounding = rounding_error(jnp.max(jnp.abs(value)))
         # A value beside which the rewards vanish solves nothing, however small its residual seems.
         rounding = jnp.where(rounding < self.scale, rounding, 0)
         return jnp.maximum(jnp.asarray(tolerance, value.dtype), rounding)
@@ -189,6 +186,11 @@ def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Soluti
         residual=iterate.residual,
         converged=iterate.residual <= slack,
     )
+
+
+def rounding_error(magnitude: Array) -> Array:
+    """What one backup of values of this magnitude may lose to rounding."""
+    return 8 * jnp.finfo(magnitude.dtype).eps * magnitude
 
 
 def average(q: Array, policy: Array) -> Array:

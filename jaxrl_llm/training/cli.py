@@ -52,7 +52,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     """
     import tyro
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _with_latest(sys.argv[1:] if argv is None else argv)
     # tyro explains errors in a box of many lines; ours are one line, so its output is held back.
     held_back = io.StringIO()
     try:
@@ -118,6 +118,21 @@ def validate(config: Any, prefix: str = "") -> None:
             where = f"{_flag(prefix[:-1])}: " if prefix else ""
             raise ValueError(where + message) from None
         raise ValueError(_flag(prefix + field.group()) + message[field.end() :]) from None
+
+
+def _with_latest(arguments: Sequence[str]) -> list[str]:
+    """`--resume` may stand alone: it means the latest run."""
+    following = [*arguments[1:], "--"]
+    pairs = zip(arguments, following, strict=True)
+    return [
+        token
+        for argument, after in pairs
+        for token in (
+            (argument, "latest")
+            if argument == "--resume" and after.startswith("--")
+            else (argument,)
+        )
+    ]
 
 
 def _explain(config_class: type, arguments: Sequence[str]) -> str:

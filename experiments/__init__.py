@@ -1,0 +1,1 @@
+"""One script a result; each is `python -m experiments.<name>` and takes `--help`."""

@@ -1,0 +1,176 @@
+"""What every experiment does around its one idea: open a folder, go on, log, save, finish.
+
+class Config(experiment.RunConfig): ...
+
+def main(config: Config) -> dict[str, float]:
+    run = experiment.open_run("my_experiment", config)
+    state = experiment.train(run, algorithm, ...)
+    return experiment.finish(run, result)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxrl_llm import checks
+from jaxrl_llm.training import checkpoint, logging, loop
+from jaxrl_llm.types import Algorithm, PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every experiment takes; its own `Config` extends this."""
+
+    seed: int = 0
+    """Root of every random number."""
+    output_dir: Path = Path("runs")
+    """Where runs are written, as <output-dir>/<experiment>/<time>/."""
+    resume: Path | None = None
+    """Folder of a run to go on with; without a value, the latest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What every experiment that trains takes besides."""
+
+    num_seeds: int = 10
+    """Independent learners, trained side by side in one program."""
+    num_evaluations: int = 40
+    """Points of the learning curve."""
+    num_checkpoints: int = 10
+    """Checkpoints written on the way; each waits for the next point of the curve."""
+
+    def validate(self) -> None:
+        for name in ("num_seeds", "num_evaluations", "num_checkpoints"):
+            checks.at_least(name, getattr(self, name), 1)
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Generic[ConfigT]):
+    """A run's folder, the configuration it was STARTED with, and whether it is going on."""
+
+    directory: Path
+    config: ConfigT
+    resumed: bool
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+
+def open_run(name: str, config: ConfigT) -> Run[ConfigT]:
+    """A new run of experiment `name`, or the one that `config.resume` names.
+
+    Raises:
+      ValueError: if there is no run to resume, or the command line asks a resumed run for
+        something else than what it was started with.
+    """
+    if config.resume is None:
+        directory = logging.run_directory(config.output_dir, name)
+        logging.write_config(directory, config)
+        run = Run(directory=directory, config=config, resumed=False)
+    else:
+        latest = str(config.resume) == "latest"
+        directory = _newest_run(config.output_dir / name) if latest else config.resume
+        started = logging.read_config(directory, type(config))
+        _check_same(directory, config, started)
+        run = Run(directory=directory, config=started, resumed=True)
+    print(f"{name}: {'resuming' if run.resumed else 'writing'} {run.directory}", flush=True)
+    return run
+
+
+def train(
+    run: Run[TrainConfig],
+    algorithm: Algorithm,
+    *,
+    num_steps: int,
+    items_per_step: int,
+    evaluate: Callable[[PyTree], Mapping[str, Any]],
+) -> PyTree:
+    """Trains every seed, from the start or the newest sound checkpoint, logging and saving.
+
+    Args:
+      run: from `open_run`.
+      algorithm: of one learner.
+      num_steps: of the algorithm.
+      items_per_step: environment steps of one step of one learner, for the progress.
+      evaluate: state `[seeds, ...]` -> more metrics of that moment, one a seed, to be logged.
+
+    Returns:
+      The final state, leaves `[seeds, ...]`.
+    """
+    config = run.config
+    learners = loop.over_seeds(algorithm, config.num_seeds)
+    key, start, state = jax.random.key(config.seed), 0, None
+    if run.resumed and run.checkpoints.exists():
+        target = jax.eval_shape(learners.init, key)
+        state, start, _ = checkpoint.restore(run.checkpoints, target)
+        print(f"restored step {start} of {num_steps}", flush=True)
+    with logging.RunLog(run.directory, resume_step=start if run.resumed else None) as log:
+        return loop.run(
+            learners,
+            key,
+            num_steps=num_steps,
+            chunk_steps=max(num_steps // config.num_evaluations, 1),
+            items_per_step=items_per_step * config.num_seeds,
+            report=lambda step, metrics, state: log.write(step, {**metrics, **evaluate(state)}),
+            save=lambda step, state: checkpoint.save(run.checkpoints, step, state),
+            save_steps=max(num_steps // config.num_checkpoints, 1),
+            state=state,
+            start=start,
+        )
+
+
+def curve(run: Run[TrainConfig], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What `train` logged of metric `name`: steps `[T]` and values `[seeds, T]`."""
+    lines = logging.read_metrics(run.directory)
+    steps = np.array([line["step"] for line in lines])
+    return steps, np.array([line[name] for line in lines], np.float64).T
+
+
+def finish(run: Run[Any], result: Mapping[str, Any]) -> dict[str, float]:
+    """Writes `result.json`, says where, and returns the result as floats."""
+    numbers = {name: float(value) for name, value in result.items()}
+    logging.write_result(run.directory, numbers)
+    print(f"wrote {run.directory}")
+    return numbers
+
+
+def _newest_run(folder: Path) -> Path:
+    configs = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise ValueError(f"{folder} has no run to resume; start one without --resume")
+    return configs[-1].parent
+
+
+def _check_same(directory: Path, asked: RunConfig, started: RunConfig) -> None:
+    """A flag given beside --resume must agree with the run; one left out takes its value."""
+    default, saved = _flatten(type(asked)()), _flatten(started)
+    for field, value in _flatten(asked).items():
+        if field not in ("output_dir", "resume") and value not in (default[field], saved[field]):
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(
+                f"{flag} is {value}, but {directory} was started with {saved[field]}; "
+                "leave it out, or start a new run"
+            )
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field of nested dataclasses by its dotted path."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        nested = dataclasses.is_dataclass(value)
+        fields |= _flatten(value, path + ".") if nested else {path: value}
+    return fields
