@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -69,23 +70,34 @@ def reverse_recurrence(
     offset = jax.eval_shape(coefficients, step)[1]
     last = jnp.broadcast_to(jnp.asarray(initial, offset.dtype), offset.shape)
 
-    def scan(inputs: Inputs, last: Array) -> Array:
-        def body(following: Array, inputs_t: Inputs) -> tuple[Array, Array]:
-            a, b = coefficients(inputs_t)
-            x = b + a * following
-            return x, x
+    return jax.lax.platform_dependent(
+        inputs,
+        last,
+        cpu=partial(_scan, coefficients),
+        default=partial(_associative_scan, coefficients),
+    )
 
-        return jax.lax.scan(body, last, inputs, reverse=True)[1]
 
-    def associative_scan(inputs: Inputs, last: Array) -> Array:
-        def compose(late: tuple[Array, Array], early: tuple[Array, Array]) -> tuple[Array, Array]:
-            return early[0] * late[0], early[1] + early[0] * late[1]
+def _scan(
+    coefficients: Callable[[Inputs], tuple[Array, Array]], inputs: Inputs, last: Array
+) -> Array:
+    def body(following: Array, inputs_t: Inputs) -> tuple[Array, Array]:
+        a, b = coefficients(inputs_t)
+        x = b + a * following
+        return x, x
 
-        maps = jax.vmap(coefficients)(inputs)
-        a, b = jax.lax.associative_scan(compose, maps, reverse=True)
-        return a * jnp.broadcast_to(last, b.shape) + b
+    return jax.lax.scan(body, last, inputs, reverse=True)[1]
 
-    return jax.lax.platform_dependent(inputs, last, cpu=scan, default=associative_scan)
+
+def _associative_scan(
+    coefficients: Callable[[Inputs], tuple[Array, Array]], inputs: Inputs, last: Array
+) -> Array:
+    def compose(late: tuple[Array, Array], early: tuple[Array, Array]) -> tuple[Array, Array]:
+        return early[0] * late[0], early[1] + early[0] * late[1]
+
+    maps = jax.vmap(coefficients)(inputs)
+    a, b = jax.lax.associative_scan(compose, maps, reverse=True)
+    return a * jnp.broadcast_to(last, b.shape) + b
 
 
 def random_permutation(key: Key, n: int) -> Array:

@@ -146,7 +146,7 @@ class SuccessorMDP:
             successor=self.successor[row],
             probability=self.probability[row],
             reward=self.reward[row],
-            row=jnp.arange(self.num_states)[:, None],
+            row=jnp.arange(self.num_states, dtype=self.row.dtype)[:, None],
             action_mask=jnp.take_along_axis(self.action_mask, policy[:, None], axis=1),
         )
 
@@ -230,8 +230,12 @@ class Mean:
 
     @classmethod
     def of(cls, values: Array, mask: Array | None = None) -> Mean:
-        """Of all elements of `values`, or of those where `mask` (same shape) is True."""
+        """Of all elements of `values`, or of those where `mask` (same shape) is True.
+
+        Counted in float32 at least: a bool could not count, and bfloat16 not beyond 256.
+        """
         values = jnp.asarray(values)
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
         if mask is None:
             return cls(total=jnp.sum(values), weight=jnp.asarray(values.size, values.dtype))
         mask = mask.astype(bool)

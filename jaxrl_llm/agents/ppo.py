@@ -36,6 +36,9 @@ from jaxrl_llm.types import (
 )
 
 
+_LOSS_PARTS = ("policy_loss", "value_loss", "entropy", "kl")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of PPO; the defaults are the published ones for control."""
@@ -140,13 +143,21 @@ def collect(
     """
     params = state.train.params
 
-    def policy(key: Key, observation: Array, action_mask: Array | None) -> tuple[Array, dict]:
+    rollout_key, action_key = jax.random.split(key)
+
+    def policy(
+        uniform: Array, observation: Array, action_mask: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         logits, _ = network.apply(params, observation, action_mask=action_mask)
-        uniform = jax.random.uniform(key, logits.shape[:1])
         return jax.vmap(policy_gradient.sample_action)(logits, uniform), {}
 
     running, steps = core.rollout(
-        environment, policy, key, state.running, num_steps=config.num_steps
+        environment,
+        policy,
+        rollout_key,
+        state.running,
+        num_steps=config.num_steps,
+        noise=jax.random.uniform(action_key, (config.num_steps, config.num_environments)),
     )
     action_mask = steps.extras.get("action_mask")
     logits, value = network.apply(params, steps.observation, action_mask=action_mask)
@@ -198,7 +209,7 @@ def loss(
         "entropy": jax.vmap(policy_gradient.entropy)(log_policy),
         "kl": policy_gradient.kl_k3(batch.log_probability, log_probability),
     }
-    metrics = {name: Mean.of(part) for name, part in parts.items()}
+    metrics = {name: Mean.of(parts[name]) for name in _LOSS_PARTS}
     total = (
         metrics["policy_loss"].mean
         + config.value_coefficient * metrics["value_loss"].mean
@@ -217,23 +228,26 @@ def update(
 ) -> tuple[TrainState, dict[str, Mean]]:
     """`num_epochs` passes over the batch, in minibatches shuffled anew for each pass."""
 
-    def minibatch_step(train: TrainState, rows: Array) -> tuple[TrainState, dict[str, Mean]]:
+    def minibatch_step(train: TrainState, rows: Array) -> tuple[TrainState, Array]:
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
         gradient, metrics = jax.grad(partial(loss, config, network), has_aux=True)(
             train.params, minibatch
         )
         updates, opt_state = optimizer.update(gradient, train.opt_state, train.params)
         params = optax.apply_updates(train.params, updates)
-        return TrainState(params=params, opt_state=opt_state, step=train.step + 1), metrics
+        # One array out of the scan: for several small ones XLA's CPU runtime wakes a thread each,
+        # which costs a third of the step.
+        totals = jnp.stack([metrics[name].total for name in _LOSS_PARTS])
+        return TrainState(params=params, opt_state=opt_state, step=train.step + 1), totals
 
     def guarded_step(
         carry: tuple[TrainState, Array], rows: Array
-    ) -> tuple[tuple[TrainState, Array], dict[str, Mean]]:
+    ) -> tuple[tuple[TrainState, Array], Array]:
         train, stopped = carry
-        updated, metrics = minibatch_step(train, rows)
-        stopped = stopped | (metrics["kl"].mean > config.target_kl)
-        keep = partial(jnp.where, stopped)
-        return (jax.tree.map(keep, train, updated), stopped), metrics
+        updated, totals = minibatch_step(train, rows)
+        kl = totals[_LOSS_PARTS.index("kl")] / rows.size
+        stopped = stopped | (kl > config.target_kl)
+        return (jax.tree.map(partial(jnp.where, stopped), train, updated), stopped), totals
 
     def shuffled(key: Key) -> Array:
         return numerics.random_permutation(key, config.batch_size)
@@ -241,10 +255,12 @@ def update(
     rows = jax.vmap(shuffled)(jax.random.split(key, config.num_epochs))
     rows = rows.reshape(config.num_epochs * config.num_minibatches, -1)
     if config.target_kl is None:
-        train, metrics = jax.lax.scan(minibatch_step, train, rows)
+        train, totals = jax.lax.scan(minibatch_step, train, rows)
     else:
-        (train, _), metrics = jax.lax.scan(guarded_step, (train, jnp.bool_(False)), rows)
-    return train, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)
+        (train, _), totals = jax.lax.scan(guarded_step, (train, jnp.bool_(False)), rows)
+    weight = jnp.float32(rows.size)
+    sums = zip(_LOSS_PARTS, jnp.sum(totals, axis=0), strict=True)
+    return train, {name: Mean(total=total, weight=weight) for name, total in sums}
 
 
 def make(config: Config, environment: Environment, network: Network) -> Algorithm:

@@ -22,9 +22,9 @@ from jaxrl_llm.types import Array, Box, Discrete, Environment, Key, PyTree, Spac
 if TYPE_CHECKING:
     import gymnasium
     import gymnax.environments.environment
-    import gymnax.environments.spaces
 
 Info = dict[str, Any]
+Seeds = int | Sequence[int | None] | None
 
 
 def to_gymnasium(
@@ -38,9 +38,8 @@ def to_gymnasium(
 
     `reset(seed=s)` makes the episode a function of s alone: the reset draws from
     `fold_in(key(s), 0)` and step number i, from 1, draws from `fold_in(key(s), i)`. A reset without
-    a seed draws its s from `np_random`. Where the environment has masks, `info["action_mask"]`
-    `[A]` bool says which actions are allowed next, after `reset` too; give
-    `info["action_mask"].astype(np.int8)` to `action_space.sample`.
+    a seed draws its s from `np_random`. Where the environment has masks, `info["action_mask"]`,
+    after `reset` too, says which actions come next; `action_space.sample` wants it as `np.int8`.
 
     Args:
       environment: of one patient.
@@ -59,20 +58,17 @@ def to_gymnasium(
     params = environment.default_params if params is None else params
 
     class Patient(gymnasium.Env):
-        metadata: dict[str, Any] = {"render_modes": ["ansi"]}  # noqa: RUF012 - as Gymnasium has it
-
         def __init__(self) -> None:
             super().reset(seed=seed)
             first = jax.eval_shape(environment.reset, jax.random.key(0), params)[1]
-            self.observation_space = _to_gymnasium_space(environment.observation_space, first.dtype)
-            self.action_space = _to_gymnasium_space(environment.action_space, jnp.float32)
+            self.observation_space = _gymnasium_space(environment.observation_space, first.dtype)
+            self.action_space = _gymnasium_space(environment.action_space, np.float32)
+            self.metadata = {"render_modes": ["ansi"]}
             self.render_mode = render_mode
             self._needs_reset = "call reset() before the first step()"
             self._num_steps, self._observation = 0, None
 
-        def reset(
-            self, *, seed: int | None = None, options: dict[str, Any] | None = None
-        ) -> tuple[Any, Info]:
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, Info]:
             super().reset(seed=seed, options=options)
             seed = int(self.np_random.integers(2**32)) if seed is None else seed
             self._root, self._num_steps = _keys(seed), 0
@@ -85,13 +81,11 @@ def to_gymnasium(
             if self._needs_reset:
                 raise gymnasium.error.ResetNeeded(self._needs_reset)
             action = _checked_action(environment, action)
-            number = self._num_steps + 1
-            state, outcome = _draw(
-                environment.step, self._root, number, self._state, action, params
-            )
+            count = self._num_steps + 1
+            state, outcome = _draw(environment.step, self._root, count, self._state, action, params)
             outcome = _numpy(outcome)
             _refuse_inadmissible(environment, outcome.info, action, self._observation)
-            self._state, self._num_steps = state, number
+            self._state, self._num_steps = state, count
             self._observation = _observation(self.observation_space, outcome.observation)
             ended = bool(outcome.terminated), bool(outcome.truncated)
             if any(ended):
@@ -99,8 +93,8 @@ def to_gymnasium(
             return self._observation, float(outcome.reward), *ended, outcome.info
 
         def render(self) -> str | None:
-            described = f"{environment.name}, step {self._num_steps}: {self._observation}"
-            return described if self.render_mode == "ansi" else None
+            line = f"{environment.name}, step {self._num_steps}: {self._observation}"
+            return line if self.render_mode else None
 
     return Patient()
 
@@ -118,19 +112,16 @@ def to_gymnasium_vector(
     It resets in the step that ends an episode (`AutoresetMode.SAME_STEP`), laid out as by
     Gymnasium's own `SyncVectorEnv`: the observation is that of the new episode, `final_obs` and
     `final_info` keep the terminal ones, and every key of info has its mask `_key` `[B]`.
-    `reset(seed=s)` seeds environment b with s + b, `reset(seed=[...])` each with its own, and
-    None draws from `np_random`; the call number i after it (0 is the reset) draws from
-    `fold_in(key, i)`.
+    `reset(seed=s)` seeds environment b with s + b, `reset(seed=[...])` each with its own, None
+    from `np_random`. Draws are as in `to_gymnasium`; a reset after step i uses `fold_in(key, -i)`.
 
     Args:
-      environment: of one patient.
+      environment, params, seed: as in `to_gymnasium`.
       num_environments: B, at least 1.
-      params: the environment's parameters; its defaults when None.
       params_axis: None when all environments share `params`, 0 when its leaves are `[B, ...]`.
-      seed: of `np_random`, for resets without a seed.
 
     Returns:
-      An environment whose `step` raises as that of `to_gymnasium` does, naming the environment.
+      An environment whose `step` raises ValueError as that of `to_gymnasium` does.
     """
     import gymnasium
     from gymnasium.vector.utils import batch_space
@@ -147,60 +138,47 @@ def to_gymnasium_vector(
     @jax.jit
     @partial(jax.vmap, in_axes=(0, None, 0, 0, params_axis))
     def advance(
-        root: Key, number: Array, running: core.Running, action: Array, params: PyTree
+        root: Key, count: Array, running: core.Running, action: Array, params: PyTree
     ) -> tuple[core.Running, TimeStep, Info]:
-        key = jax.random.fold_in(root, number)
-        running, outcome = core.auto_reset_step(environment, key, running, action, params)
+        key, reset_key = jax.random.fold_in(root, count), jax.random.fold_in(root, -count)
+        fresh = core.start(environment, reset_key, params)
+        running, outcome = core.auto_reset_step(environment, key, running, action, fresh, params)
         return running, outcome, _next_mask(environment, running.state, params)
 
     class Patients(gymnasium.vector.VectorEnv):
-        metadata: dict[str, Any] = {  # noqa: RUF012 - as Gymnasium has it
-            "render_modes": [],
-            "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP,
-        }
-
         def __init__(self) -> None:
             super().reset(seed=seed)
             self.num_envs = num_environments
-            roots = _keys(range(num_environments))
-            first = jax.eval_shape(start, roots, params)[0].observation
-            self.single_observation_space = _to_gymnasium_space(
-                environment.observation_space, first.dtype
-            )
-            self.single_action_space = _to_gymnasium_space(environment.action_space, jnp.float32)
+            first, _ = jax.eval_shape(start, _keys(range(num_environments)), params)
+            space, dtype = environment.observation_space, first.observation.dtype
+            self.single_observation_space = _gymnasium_space(space, dtype)
+            self.single_action_space = _gymnasium_space(environment.action_space, np.float32)
             self.observation_space = batch_space(self.single_observation_space, num_environments)
             self.action_space = batch_space(self.single_action_space, num_environments)
+            self.metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
             self._running: core.Running | None = None
 
-        def reset(
-            self,
-            *,
-            seed: int | Sequence[int | None] | None = None,
-            options: dict[str, Any] | None = None,
-        ) -> tuple[Any, Info]:
+        def reset(self, *, seed: Seeds = None, options: Any = None) -> tuple[Any, Info]:
             if options and "reset_mask" in options:
                 raise ValueError("options has reset_mask; episodes reset themselves, leave it out")
             seeds = _seeds(seed, self.num_envs)
             super().reset(seed=seeds[0])
-            self._roots = _keys(
-                [self.np_random.integers(2**32) if seed is None else seed for seed in seeds]
-            )
-            self._num_calls = 0
-            self._running, masks = start(self._roots, params)
-            self._observation = _observation(
-                self.single_observation_space, self._running.observation
-            )
+            drawn = self.np_random.integers(2**32, size=self.num_envs)
+            self._roots = _keys([a if b is None else b for a, b in zip(drawn, seeds, strict=True)])
+            running, masks = start(self._roots, params)
+            self._running, self._num_calls = running, 0
+            self._observation = _observation(self.single_observation_space, running.observation)
             return self._observation, _masked_info(masks, np.ones(self.num_envs, bool))
 
         def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Info]:
             if self._running is None:
                 raise gymnasium.error.ResetNeeded("call reset() before the first step()")
             actions = _checked_action(environment, actions, self.num_envs)
-            number = self._num_calls + 1
-            running, outcome, masks = advance(self._roots, number, self._running, actions, params)
+            count = self._num_calls + 1
+            running, outcome, masks = advance(self._roots, count, self._running, actions, params)
             outcome = _numpy(outcome)
             _refuse_inadmissible(environment, outcome.info, actions, self._observation)
-            self._running, self._num_calls = running, number
+            self._running, self._num_calls = running, count
             space = self.single_observation_space
             self._observation = _observation(space, running.observation)
             ended = outcome.terminated | outcome.truncated
@@ -217,11 +195,10 @@ def from_gymnax(
     name_or_env: str | gymnax.environments.environment.Environment,
     env_params: PyTree | None = None,
 ) -> Environment:
-    """A gymnax environment as an `Environment`, with death and time limit told apart.
+    """A gymnax environment as an `Environment`, with termination and time limit told apart.
 
-    gymnax resets inside `step` and merges the time limit into `done`. Here an episode that only
-    the limit ends, `params.max_steps_in_episode`, is truncated and not terminated, and nothing is
-    reset. Observations and actions are as gymnax has them.
+    gymnax merges the limit, `params.max_steps_in_episode`, into `done`. Here an episode that only
+    the limit ends is truncated and not terminated. Observations and actions are as gymnax has them.
 
     Args:
       name_or_env: a registered name, such as "CartPole-v1", or an environment.
@@ -240,7 +217,7 @@ def from_gymnax(
         raise ModuleNotFoundError("gymnax is not installed; run: pip install gymnax") from error
 
     env = gymnax.make(name_or_env)[0] if isinstance(name_or_env, str) else name_or_env
-    env_params = env.default_params if env_params is None else env_params
+    chosen: Any = env.default_params if env_params is None else env_params
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, Array]:
         observation, state = env.reset_env(key, params)
@@ -248,11 +225,10 @@ def from_gymnax(
 
     def step(key: Key, state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         observation, following, reward, done, _ = env.step_env(key, state, action, params)
-        # Without the limit only the process itself can be done. `is_terminal` of the new state
-        # would not do: some environments write the merged `done` into it. XLA keeps of this
-        # second step no more than `terminated` needs and the first does not compute already.
-        unlimited = _without_limit(params)
-        ended = env.step_env(jax.random.clone(key), state, action, unlimited)[3]
+        # Done without a limit is done by the process itself. Not `is_terminal` of the new state:
+        # some environments write the merged `done` into it. Of this second step XLA keeps only
+        # what the first does not compute already.
+        ended = env.step_env(jax.random.clone(key), state, action, _without_limit(params))[3]
         terminated = jnp.asarray(ended, bool)
         return _strong(following), TimeStep(
             observation=_strong(observation),
@@ -266,9 +242,9 @@ def from_gymnax(
         name=env.name,
         reset=reset,
         step=step,
-        default_params=_strong(env_params),
-        observation_space=_from_gymnax_space(env.observation_space(env_params)),
-        action_space=_from_gymnax_space(env.action_space(env_params)),
+        default_params=_strong(chosen),
+        observation_space=_from_gymnax_space(env.observation_space(chosen)),
+        action_space=_from_gymnax_space(env.action_space(chosen)),
     )
 
 
@@ -281,19 +257,18 @@ def _without_limit(params: PyTree) -> PyTree:
     limit = getattr(params, "max_steps_in_episode", None)
     if limit is None:
         return params
-    dtype = jnp.result_type(limit)
-    never = jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
-    return dataclasses.replace(params, max_steps_in_episode=jnp.full_like(limit, never, dtype))
+    never = jnp.full_like(limit, np.iinfo(np.int32).max)
+    return dataclasses.replace(params, max_steps_in_episode=never)
 
 
-def _from_gymnax_space(space: gymnax.environments.spaces.Space) -> Space:
+def _from_gymnax_space(space: Any) -> Space:
     from gymnax.environments import spaces
 
     if isinstance(space, spaces.Discrete):
         return Discrete(num=int(space.n))
     if isinstance(space, spaces.Box):
-        low, high = (_bound(bound, space.shape) for bound in (space.low, space.high))
-        return Box(shape=tuple(space.shape), low=low, high=high)
+        shape = tuple(space.shape)
+        return Box(shape=shape, low=_bound(space.low, shape), high=_bound(space.high, shape))
     raise ValueError(f"space is {type(space).__name__}; only Discrete and Box can be adapted")
 
 
@@ -306,8 +281,8 @@ def _bound(bound: Any, shape: tuple[int, ...]) -> float | tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def _to_gymnasium_space(space: Space, dtype: np.dtype[Any]) -> gymnasium.spaces.Space:
-    """`dtype` is that of a Box; Gymnasium's Discrete is int64."""
+def _gymnasium_space(space: Space, dtype: npt.DTypeLike) -> gymnasium.spaces.Space:
+    """A Box has `dtype`; Gymnasium's Discrete is int64."""
     from gymnasium import spaces
 
     if isinstance(space, Discrete):
@@ -320,12 +295,10 @@ def _bounds(space: Box, dtype: npt.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
     return np.full(space.shape, space.low, dtype), np.full(space.shape, space.high, dtype)
 
 
-def _seeds(seed: int | Sequence[int | None] | None, num: int) -> list[int | None]:
+def _seeds(seed: Seeds, num: int) -> list[int | None]:
     """One seed an environment, as Gymnasium spreads them."""
-    if seed is None:
-        return [None] * num
-    if isinstance(seed, int | np.integer):
-        return [int(seed) + place for place in range(num)]
+    if seed is None or isinstance(seed, int | np.integer):
+        return [None if seed is None else int(seed) + place for place in range(num)]
     if len(seed) != num:
         raise ValueError(f"seed has {len(seed)} entries; give one to each of {num} environments")
     return list(seed)
@@ -338,19 +311,18 @@ def _keys(seed: Any) -> Key:
 
 
 @partial(jax.jit, static_argnums=0)
-def _draw(function: Callable[..., Any], root: Key, number: int, *arguments: Any) -> Any:
-    """`function` with key `number` of the episode; compiled once for all who share `function`."""
-    return function(jax.random.fold_in(root, number), *arguments)
+def _draw(function: Callable[..., Any], root: Key, count: int, *arguments: Any) -> Any:
+    """`function` with the episode's key number `count`, compiled once for all that share it."""
+    return function(jax.random.fold_in(root, count), *arguments)
 
 
 def _next_mask(environment: Environment, state: PyTree, params: PyTree) -> dict[str, Array]:
     """What info says of the next action: the mask, where there is one."""
-    if environment.action_mask is None:
-        return {}
-    return {"action_mask": jax.jit(environment.action_mask)(state, params)}
+    mask = environment.action_mask
+    return {} if mask is None else {"action_mask": jax.jit(mask)(state, params)}
 
 
-def _numpy(tree: PyTree) -> PyTree:
+def _numpy(tree: PyTree) -> Any:
     """Copies that the caller may keep and change."""
     return jax.tree.map(np.array, jax.device_get(tree))
 
@@ -386,40 +358,41 @@ def _checked_action(
     environment: Environment, action: Any, num_environments: int | None = None
 ) -> np.ndarray:
     """`action`, of one environment or of a batch, as int32 or float32, or ValueError."""
-    space, array, batch = environment.action_space, np.asarray(action), num_environments
+    space, array = environment.action_space, np.asarray(action)
     if isinstance(space, Discrete):
-        shape, kinds, dtype = (), (np.integer,), np.int32
-        low, high, has = 0, space.num - 1, f"actions 0 to {space.num - 1}"
+        kind, kinds, dtype, shape = "an integer", "iu", np.int32, ()
+        low, high, range_ = 0, space.num - 1, f"0 to {space.num - 1}"
     else:
-        shape, kinds, dtype = space.shape, (np.integer, np.floating), np.float32
-        low, high = _bounds(space, dtype)
-        has = f"actions of shape {shape} from {space.low} to {space.high}"
-    has = f"{environment.name} has {has}"
-    if not issubclass(array.dtype.type, kinds):
-        kind = "an integer" if kinds == (np.integer,) else "a number"
-        raise ValueError(f"action {action!r} is not {kind}; {has}")
-    shape = shape if batch is None else (batch, *shape)
+        kind, kinds, dtype, shape = "a number", "iuf", np.float32, space.shape
+        (low, high), range_ = _bounds(space, dtype), f"{space.low} to {space.high}"
+    has = f"{environment.name} has actions {range_}"
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"action has dtype {array.dtype}; it must be {kind}: {has}")
+    shape = shape if num_environments is None else (num_environments, *shape)
     if array.shape != shape:
-        raise ValueError(f"action has shape {array.shape}, not {shape}; {has}")
+        raise ValueError(f"action has shape {array.shape}; it must be {shape}: {has}")
     with np.errstate(over="ignore"):
-        array = array if dtype is np.int32 else array.astype(dtype)
-    outside = ~((array >= low) & (array <= high))
+        converted = array.astype(dtype)
+    # int32 could wrap into the range; the bounds of a Box are float32.
+    compared = array if kinds == "iu" else converted
+    outside = ~((compared >= low) & (compared <= high))
     if outside.any():
-        place = None if batch is None else int(np.argwhere(outside)[0, 0])
-        which = array if place is None else f"{array[place]} of environment {place}"
-        raise ValueError(f"action {which} is out of range; {has}")
-    return array.astype(dtype)
+        raise ValueError(f"action {_first(outside, array)} is out of range; {has}")
+    return converted
 
 
-def _refuse_inadmissible(
-    environment: Environment, info: Info, action: np.ndarray, state: np.ndarray
-) -> None:
+def _refuse_inadmissible(environment: Environment, info: Info, action: Any, state: Any) -> None:
     """Raises ValueError where `info` reports that `action`, just taken in `state`, was masked."""
     refused = np.asarray(info.get("inadmissible", False))
     if refused.any():
-        place = np.unravel_index(refused.argmax(), refused.shape)
-        where = f" of environment {place[0]}" if place else ""
         raise ValueError(
-            f"action {action[place]}{where} is inadmissible in state {state[place]} of "
-            f"{environment.name}; choose one that info['action_mask'] allows"
+            f"action {_first(refused, action)} is inadmissible in state {_first(refused, state)} "
+            f"of {environment.name}; choose one that info['action_mask'] allows"
         )
+
+
+def _first(wrong: np.ndarray, array: np.ndarray) -> str:
+    """The first element of `array` where `wrong`, and its place in an array of many."""
+    place = np.unravel_index(wrong.argmax(), wrong.shape)
+    where = ", ".join(map(str, place))
+    return f"{array[place]} at [{where}]" if place else str(array[()])

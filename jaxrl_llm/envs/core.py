@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from flax import struct
 from jaxrl_llm import checks
 from jaxrl_llm.types import Array, Discrete, Environment, Key, PyTree, Space, TimeStep, Transition
 
-# (key, observation [B, ...], action_mask [B, A] or None) -> (action [B, ...], extras)
-BatchPolicy = Callable[[Key, PyTree, Array | None], tuple[Array, dict[str, Array]]]
+# (noise, observation [B, ...], action_mask [B, A] or None) -> (action [B, ...], extras); the noise
+# of one step is a key, unless the caller of `rollout` gives another.
+BatchPolicy = Callable[[PyTree, PyTree, Array | None], tuple[Array, dict[str, Array]]]
 
 
 @struct.dataclass(kw_only=True)
@@ -75,21 +77,29 @@ def start_batch(
 
 
 def auto_reset_step(
-    environment: Environment, key: Key, running: Running, action: Array, params: PyTree
+    environment: Environment,
+    key: Key,
+    running: Running,
+    action: Array,
+    fresh: Running,
+    params: PyTree,
 ) -> tuple[Running, TimeStep]:
-    """One step of one environment, and a reset with the SAME params where the episode ended.
+    """One step of one environment, going on from `fresh` where the episode ended.
 
-    The reset is computed at every step and selected where it is needed, because under `vmap` a
-    branch would run both sides anyway.
+    Args:
+      environment: of one patient.
+      key: of the step.
+      running: before the step.
+      action: to take.
+      fresh: the next episode, from `start` with the SAME params.
+      params: of the environment.
 
     Returns:
       What is under way afterwards, and the time step BEFORE any reset: its observation is the
       terminal one.
     """
-    step_key, reset_key = jax.random.split(key)
-    state, time_step = environment.step(step_key, running.state, action, params)
+    state, time_step = environment.step(key, running.state, action, params)
     ended = time_step.terminated | time_step.truncated
-    fresh = start(environment, reset_key, params)
     continued = Running(
         state=state,
         observation=time_step.observation,
@@ -108,18 +118,24 @@ def rollout(
     *,
     num_steps: int,
     params_axis: int | None = None,
+    noise: PyTree | None = None,
 ) -> tuple[Running, Transition]:
     """Steps a batch of environments `num_steps` times under `policy`, resetting as they end.
 
+    Keys and the starts of possible next episodes are drawn for all steps at once, before the scan:
+    a random draw inside it is a small serial operation that costs more than most steps. The starts
+    take as much memory as the transitions.
+
     Args:
       environment: of one patient.
-      policy: `(key, observation, action_mask) -> (action, extras)` of the whole batch;
+      policy: `(noise, observation, action_mask) -> (action, extras)` of the whole batch;
         `action_mask` is None where the environment has none.
       key: consumed.
       running: `[B]` environments under way, from `start_batch` or from an earlier call.
       params: as in `start_batch`.
       num_steps: T.
       params_axis: as in `start_batch`.
+      noise: what `policy` draws from, leaves `[T, ...]`; a key a step when None.
 
     Returns:
       What is under way afterwards, and a `Transition` `[T, B, ...]`. Its `extras` are the policy's
@@ -128,19 +144,25 @@ def rollout(
     """
     params = environment.default_params if params is None else params
     num_environments = running.episode_length.shape[0]
-    step = jax.vmap(
-        lambda *arguments: auto_reset_step(environment, *arguments), in_axes=(0, 0, 0, params_axis)
+    policy_key, step_key, reset_key = jax.random.split(key, 3)
+    each = partial(jax.vmap, in_axes=(0, params_axis))
+    fresh = jax.vmap(each(partial(start, environment)), in_axes=(0, None))(
+        jax.random.split(reset_key, (num_steps, num_environments)), params
     )
+    inputs = (
+        jax.random.split(policy_key, num_steps) if noise is None else noise,
+        jax.random.split(step_key, (num_steps, num_environments)),
+        fresh,
+    )
+    step = jax.vmap(partial(auto_reset_step, environment), in_axes=(0, 0, 0, 0, params_axis))
 
-    def body(running: Running, key: Key) -> tuple[Running, Transition]:
-        policy_key, environment_key = jax.random.split(key)
+    def body(running: Running, inputs: tuple[PyTree, Key, Running]) -> tuple[Running, Transition]:
+        noise, keys, fresh = inputs
         masks = {}
         if environment.action_mask is not None:
-            mask = jax.vmap(environment.action_mask, in_axes=(0, params_axis))
-            masks["action_mask"] = mask(running.state, params)
-        action, extras = policy(policy_key, running.observation, masks.get("action_mask"))
-        keys = jax.random.split(environment_key, num_environments)
-        following, time_step = step(keys, running, action, params)
+            masks["action_mask"] = each(environment.action_mask)(running.state, params)
+        action, extras = policy(noise, running.observation, masks.get("action_mask"))
+        following, time_step = step(keys, running, action, fresh, params)
         return following, Transition(
             observation=running.observation,
             action=action,
@@ -156,7 +178,7 @@ def rollout(
             },
         )
 
-    return jax.lax.scan(body, running, jax.random.split(key, num_steps))
+    return jax.lax.scan(body, running, inputs)
 
 
 def example(space: Space) -> Array:
@@ -188,15 +210,14 @@ def time_limit(environment: Environment, max_steps: int) -> Environment:
         inner, time_step = environment.step(key, state.state, action, params)
         time = state.time + 1
         late = (time >= max_steps) & ~time_step.terminated
-        time_step = time_step.replace(truncated=time_step.truncated | late)
+        time_step = dataclasses.replace(time_step, truncated=time_step.truncated | late)
         return Timed(state=inner, time=time), time_step
 
-    def action_mask(state: Timed, params: PyTree) -> Array:
-        return environment.action_mask(state.state, params)
+    mask = environment.action_mask
 
     return dataclasses.replace(
         environment,
         reset=reset,
         step=step,
-        action_mask=None if environment.action_mask is None else action_mask,
+        action_mask=None if mask is None else lambda state, params: mask(state.state, params),
     )

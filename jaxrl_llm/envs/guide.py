@@ -12,7 +12,7 @@ from jaxrl_llm.types import MDP
 
 def load(name: str, discount: float | None) -> MDP:
     """The problem stored under `name`, with its own discount where `discount` is None."""
-    with resources.files(__package__).joinpath("guide_mdps.npz").open("rb") as file:
+    with resources.files("jaxrl_llm.envs").joinpath("guide_mdps.npz").open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         transition, reward = arrays[f"{name}_transition"], arrays[f"{name}_reward"]
         stored = float(arrays[f"{name}_discount"])

@@ -21,7 +21,6 @@ from jaxrl_llm.kernels.fixed_point import (
     Iterate,
     Model,
     Problem,
-    accelerated,
     average,
     batchable,
     fixed_point,
@@ -31,8 +30,9 @@ from jaxrl_llm.kernels.fixed_point import (
 )
 from jaxrl_llm.types import MDP, Array, Solution, SuccessorMDP
 
-# Forcing term of inexact policy iteration: each evaluation shrinks the residual by this factor.
-_FORCING = 0.03
+# Forcing terms of inexact policy iteration: each evaluation shrinks the residual by this factor.
+# With discount 1 a loose value may invite the next policy to circle for ever.
+_FORCING, _FORCING_UNDISCOUNTED = 0.03, 0.001
 
 
 def uniform_policy(mdp: Problem) -> Array:
@@ -204,7 +204,8 @@ def modified_policy_iteration(
     The partial evaluation is `num_evaluations` sweeps under the policy and then one step of
     aggregation: the constant c that zeroes the total residual when c is added to every state that
     is not terminal. Where a chain mixes fast that constant is nearly all of the error, so random
-    problems take a handful of sweeps whatever their discount.
+    problems take a handful of sweeps whatever their discount. With discount 1, where a policy may
+    never end and no constant helps, that step is left out.
 
     Args:
       mdp: the problem; no matrix of a policy is formed.
@@ -228,7 +229,7 @@ def modified_policy_iteration(
             jnp.any(mdp.terminal), mdp.expect, lambda _: jnp.ones_like(model.reward), alive
         )
 
-        def improve(iterate: Iterate) -> Array:
+        def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
             policy = greedy(iterate.q, mdp.action_mask)
             stays = average(staying, policy)
             sweep = model.sweep(policy)
@@ -239,9 +240,9 @@ def modified_policy_iteration(
                 (iterate.value, model.best(iterate.q)),
             )
             constant = jnp.sum(following - value) / jnp.sum(alive - stays)
-            return following + jnp.where(mdp.discount < 1, constant * stays, 0)
+            return following + jnp.where(mdp.discount < 1, constant * stays, 0), ()
 
-        return accelerated(model, improve, tolerance, max_iterations)
+        return fixed_point(model, model.best, update, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
 
@@ -269,22 +270,23 @@ def inexact_policy_iteration(
 
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
+        forcing = jnp.where(mdp.discount < 1, _FORCING, _FORCING_UNDISCOUNTED)
 
-        def improve(iterate: Iterate) -> Array:
+        def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
             chain = model.chain(greedy(iterate.q, mdp.action_mask))
             gap = model.best(iterate.q) - iterate.value
 
             def system(change: Array) -> Array:
                 return change - model.discount * chain(change)
 
-            correction, _ = bicgstab(system, gap, tol=_FORCING, maxiter=100)
-            # The system of a policy that never ends is singular: sweep until the policy ends.
+            correction, _ = bicgstab(system, gap, tol=forcing, maxiter=100)
+            # The system of a policy that never ends is singular: then a sweep takes its place.
             error = jnp.linalg.norm(system(correction) - gap)
             error = error + rounding_error(jnp.linalg.norm(correction))
             solved = error < jnp.linalg.norm(gap)
-            return iterate.value + jnp.where(solved, correction, gap)
+            return iterate.value + jnp.where(solved, correction, gap), ()
 
-        return accelerated(model, improve, tolerance, max_iterations)
+        return fixed_point(model, model.best, update, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
 

@@ -20,9 +20,6 @@ Problem = MDP | SuccessorMDP
 # each stays in cache and stops by itself; smaller ones, and all on an accelerator, in lockstep.
 _SEQUENTIAL_SIZE = 4096
 
-# Values in a row that may fail to shrink the residual before value iteration takes over.
-_PATIENCE = 10**9
-
 
 def greedy(
     q: Array, action_mask: Array | None = None, *, slack: float | Array | None = None
@@ -99,7 +96,7 @@ class Model(NamedTuple):
         """The tolerance, or the rounding error of a backup where that is larger."""
         rounding = rounding_error(jnp.max(jnp.abs(value)))
         # A value beside which the rewards vanish solves nothing, however small its residual seems.
-        rounding = jnp.where(rounding < self.scale, rounding, 0)
+        rounding = jnp.where(rounding < 0.01 * self.scale, rounding, 0)
         return jnp.maximum(jnp.asarray(tolerance, value.dtype), rounding)
 
 
@@ -145,33 +142,6 @@ def fixed_point(
     first = look(value, q, jnp.int32(0), jnp.bool_(True), memory)
     iterate = jax.lax.while_loop(unfinished, body, first)
     return solution(model, iterate, tolerance)
-
-
-def accelerated(
-    model: Model,
-    improve: Callable[[Iterate], Array],
-    tolerance: float | Array,
-    max_iterations: int | Array,
-) -> Solution:
-    """The optimal value by `improve`, and by value iteration should that lead nowhere.
-
-    With discount 1 a greedy policy may never end, and then an evaluation of it, however partial,
-    can lead anywhere. So the first `_PATIENCE` values in a row that do not shrink the residual are
-    thrown away, and sweeps take over from the best one before them.
-    """
-
-    def update(iterate: Iterate) -> tuple[Array, tuple[Array, Array, Array]]:
-        refuge, least, failures = iterate.memory
-        sweep = model.best(iterate.q)
-        better, given_up = iterate.residual < least, failures >= _PATIENCE
-        refuge = jnp.where(better | given_up, sweep, refuge)
-        failures = jnp.where(given_up, failures, jnp.where(better, 0, failures + 1))
-        value = jax.lax.cond(failures < _PATIENCE, improve, lambda _: refuge, iterate)
-        value = jnp.where(jnp.all(jnp.isfinite(value)), value, sweep)
-        return value, (refuge, jnp.minimum(least, iterate.residual), failures)
-
-    memory = jnp.zeros_like(model.discount), jnp.full_like(model.scale, jnp.inf), jnp.int32(0)
-    return fixed_point(model, model.best, update, tolerance, max_iterations, memory=memory)
 
 
 def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Solution:

@@ -1,19 +1,34 @@
-"""How good a policy is: exactly where the problem is known, by sampling with an interval elsewhere."""
+"""How good a policy or a solver is.
+
+A policy's return is exact where the problem is known, and sampled with an interval elsewhere.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxrl_llm import checks
 from jaxrl_llm.envs.core import BatchPolicy
 from jaxrl_llm.kernels import bellman
-from jaxrl_llm.types import MDP, Array, Environment, Key, PyTree, SuccessorMDP
+from jaxrl_llm.types import MDP, Array, Environment, Key, PyTree, Solution, SuccessorMDP
+
+SOLVERS: dict[str, Callable[..., Solution]] = {
+    "value_iteration": bellman.value_iteration,
+    "policy_iteration": bellman.policy_iteration,
+    "modified_policy_iteration": bellman.modified_policy_iteration,
+    "inexact_policy_iteration": bellman.inexact_policy_iteration,
+}
+NUM_RESIDUALS = 50
+_MAX_ITERATIONS = 100_000
+_NUM_REPETITIONS = 3
 
 
 def exact_return(mdp: MDP | SuccessorMDP, policy: Array) -> Array:
@@ -128,4 +143,88 @@ def monte_carlo_return(
         high=mean + margin,
         standard_error=error,
         unfinished=jnp.mean(alive),
+    )
+
+
+@struct.dataclass(kw_only=True)
+class SolverRun:
+    """What a solver found and what that took, as NumPy arrays.
+
+    Attributes:
+      solution: of the problem.
+      start_value: `[]`, the value of the law of the first state.
+      residuals: `[K]`, after 1, 2, ... K iterations; NaN after the last one.
+      milliseconds: `[]`, of the compiled solver, the median of a few solves.
+      compile_seconds: `[]`.
+    """
+
+    solution: Solution
+    start_value: Array
+    residuals: Array
+    milliseconds: Array
+    compile_seconds: Array
+
+    @classmethod
+    def empty(cls, mdp: MDP | SuccessorMDP) -> SolverRun:
+        """Zeros, with the shapes and dtypes of every run on `mdp`."""
+        shapes = jax.eval_shape(bellman.value_iteration, mdp)
+        return cls(
+            solution=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes),
+            start_value=np.zeros(()),
+            residuals=np.zeros(NUM_RESIDUALS),
+            milliseconds=np.zeros(()),
+            compile_seconds=np.zeros(()),
+        )
+
+    def history(self) -> Array:
+        """The residuals, without the places left empty after the last iteration."""
+        return self.residuals[np.isfinite(self.residuals)]
+
+    def metrics(self) -> dict[str, Array]:
+        """The numbers that fit in a line of a log or a table."""
+        return {
+            "value": self.start_value,
+            "iterations": self.solution.iterations,
+            "residual": self.solution.residual,
+            "converged": self.solution.converged,
+            "milliseconds": self.milliseconds,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def run_solver(
+    solver: Callable[..., Solution], mdp: MDP | SuccessorMDP, tolerance: float
+) -> SolverRun:
+    """Solves a problem to the end, and again with at most 1, 2, 3, ... iterations.
+
+    One program serves it all, since the number of iterations is an argument. Not for use in jit.
+
+    Args:
+      solver: one of `SOLVERS`.
+      mdp: the problem.
+      tolerance: of the Bellman residual.
+    """
+
+    def solve(mdp: MDP | SuccessorMDP, max_iterations: Array) -> Solution:
+        return solver(mdp, tolerance=tolerance, max_iterations=max_iterations)
+
+    started = time.perf_counter()
+    program = jax.jit(solve).lower(mdp, jnp.int32(0)).compile()
+    compile_seconds = time.perf_counter() - started
+
+    solution, seconds = program(mdp, jnp.int32(_MAX_ITERATIONS)), []
+    for _ in range(_NUM_REPETITIONS):
+        started = time.perf_counter()
+        jax.block_until_ready(program(mdp, jnp.int32(_MAX_ITERATIONS)))
+        seconds.append(time.perf_counter() - started)
+
+    residuals = np.full(NUM_RESIDUALS, np.nan)
+    for index in range(min(max(int(solution.iterations), 1), NUM_RESIDUALS)):
+        residuals[index] = program(mdp, jnp.int32(index + 1)).residual
+    return SolverRun(
+        solution=jax.device_get(solution),
+        start_value=np.asarray(mdp.initial @ solution.value, np.float64),
+        residuals=residuals,
+        milliseconds=np.asarray(1e3 * np.median(seconds)),
+        compile_seconds=np.asarray(compile_seconds),
     )

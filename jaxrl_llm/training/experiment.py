@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from jaxrl_llm import checks
 from jaxrl_llm.training import checkpoint, logging, loop
-from jaxrl_llm.types import Algorithm, PyTree
+from jaxrl_llm.training.evaluate import SOLVERS, SolverRun, run_solver
+from jaxrl_llm.types import MDP, Algorithm, PyTree, SuccessorMDP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,9 @@ def train(
     """
     config = run.config
     learners = loop.over_seeds(algorithm, config.num_seeds)
-    key, start, state = jax.random.key(config.seed), 0, None
-    if run.resumed and run.checkpoints.exists():
-        target = jax.eval_shape(learners.init, key)
-        state, start, _ = checkpoint.restore(run.checkpoints, target)
-        print(f"restored step {start} of {num_steps}", flush=True)
-    with logging.RunLog(run.directory, resume_step=start if run.resumed else None) as log:
+    key = jax.random.key(config.seed)
+    state, start = _restore(run, jax.eval_shape(learners.init, key), num_steps)
+    with _open_log(run, start) as log:
         return loop.run(
             learners,
             key,
@@ -130,6 +128,49 @@ def train(
             state=state,
             start=start,
         )
+
+
+def solve(
+    run: Run[Any], mdps: Mapping[str, MDP | SuccessorMDP], *, tolerance: float
+) -> dict[str, dict[str, SolverRun]]:
+    """Solves every problem by every solver, logging and saving each; a resumed run does the rest.
+
+    Args:
+      run: from `open_run`.
+      mdps: the problems by name.
+      tolerance: of the Bellman residual.
+
+    Returns:
+      What each solver found, by problem and solver.
+    """
+    pairs = [(name, solver) for name in mdps for solver in SOLVERS]
+    solved = {name: dict.fromkeys(SOLVERS, SolverRun.empty(mdp)) for name, mdp in mdps.items()}
+    restored, start = _restore(run, solved, len(pairs))
+    solved = restored or solved
+    with _open_log(run, start) as log:
+        for step, (name, solver) in enumerate(pairs[start:], start + 1):
+            solved[name][solver] = found = run_solver(SOLVERS[solver], mdps[name], tolerance)
+            metrics = found.metrics().items()
+            log.write(step, {f"{name}/{solver}/{metric}": value for metric, value in metrics})
+            checkpoint.save(run.checkpoints, step, solved)
+            print(f"solved {step} of {len(pairs)}: {name} by {solver}", flush=True)
+    # A restored dict is in alphabetical order.
+    return {name: {solver: solved[name][solver] for solver in SOLVERS} for name in mdps}
+
+
+def _restore(run: Run[Any], target: PyTree, num_steps: int) -> tuple[PyTree | None, int]:
+    """The state and step that a resumed run goes on from; `(None, 0)` where there is none yet."""
+    folder = run.checkpoints
+    # A run killed while it wrote its first checkpoint has a folder without steps.
+    if not (run.resumed and folder.exists() and any(p.name.isdecimal() for p in folder.iterdir())):
+        return None, 0
+    state, step, _ = checkpoint.restore(folder, target)
+    print(f"restored step {step} of {num_steps}", flush=True)
+    return state, step
+
+
+def _open_log(run: Run[Any], start: int) -> logging.RunLog:
+    return logging.RunLog(run.directory, resume_step=start if run.resumed else None)
 
 
 def curve(run: Run[TrainConfig], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -1,29 +1,148 @@
-"""Tables on the terminal: what a run found, beside what is true."""
+"""What a run found, beside what is true: tables on the terminal, and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
+
+from jaxrl_llm.training import plotting
+from jaxrl_llm.training.evaluate import NUM_RESIDUALS, SolverRun
+from jaxrl_llm.types import MDP, Solution, SuccessorMDP
+
+_ITERATIONS = "Iterations are sweeps or improvements, 0 if the first policy is already optimal."
+_PLAN = "Value: expected discounted reward from here on. Gap: what the second-best action loses."
+_MAX_ROWS = 50
+_UNLIMITED = 10_000  # characters
 RESEARCH_ONLY = "Research only, not for clinical use."
 
 
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, footer: str = ""
 ) -> None:
-    """Prints a table to stdout; the first column is text, the others are aligned to the right.
+    """Prints a table to stdout; columns of numbers are aligned to the right.
 
     On a pipe it is as wide as it needs to be, so that nothing is cut off in a log.
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     rows = [list(map(str, row)) for row in rows]
-    table = Table(title=title, title_justify="left", caption=footer, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        is_numeric = all(_is_number(row[index]) for row in rows)
+        table.add_column(column, justify="right" if is_numeric else "left")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(width=max(console.measure(table).maximum, 40))
-    console.print(table, markup=False, highlight=False)
+        console = Console(width=_UNLIMITED, highlight=False, markup=False)
+    console.print()
+    if title:
+        console.print(title, style="bold")
+    console.print(table)
+    if footer:
+        console.print(f"\n{footer}", style="dim")
+
+
+def show_solvers(
+    stem: Path, title: str, mdp: MDP | SuccessorMDP, runs: Mapping[str, SolverRun]
+) -> None:
+    """What each solver found and what that took, in a table and a picture.
+
+    Args:
+      stem: of the picture's path.
+      title: of the problem.
+      mdp: the problem.
+      runs: of its solvers, by name.
+    """
+    columns = ("solver", "value", "iterations", "residual", "converged", "solve\nms", "compile\ns")
+    formats = ("{:.4f}", "{}", "{:.1e}", "{}", "{:.2f}", "{:.2f}")
+    rows = []
+    for solver, run in runs.items():
+        metrics = run.metrics() | {"converged": "yes" if run.solution.converged else "NO"}
+        cells = zip(formats, metrics.values(), strict=True)
+        rows.append((_words(solver), *(text.format(value) for text, value in cells)))
+    footer = f"{agreement(runs)} {_ITERATIONS}\n{RESEARCH_ONLY}"
+    print_table(f"{title}: what each solver found", columns, rows, footer=footer)
+    figure = plotting.convergence(
+        {_words(solver): run.history() for solver, run in runs.items()},
+        rate=float(mdp.discount) if mdp.discount < 1 else None,
+        title=f"{title}: how fast each solver converges",
+        xlabel=f"Iteration, the first {NUM_RESIDUALS}",
+        footer=RESEARCH_ONLY,
+    )
+    plotting.save_figure(figure, f"{stem}_convergence.png")
+
+
+def agreement(runs: Mapping[str, SolverRun]) -> str:
+    """One sentence: do all solvers choose the same actions, and how far apart are their values?"""
+    policies = np.stack([run.solution.policy for run in runs.values()])
+    values = np.stack([run.solution.value for run in runs.values()])
+    distance = f"values differ by at most {np.ptp(values, axis=0).max():.1e}"
+    num_different = int(np.any(policies != policies[0], axis=0).sum())
+    if num_different:
+        states = f"{num_different} of {values.shape[1]} states"
+        return f"The solvers choose DIFFERENT actions in {states}; {distance}."
+    return f"All {len(runs)} solvers choose the same action in every state; {distance}."
+
+
+def show_plan(
+    stem: Path,
+    title: str,
+    mdp: MDP | SuccessorMDP,
+    solution: Solution,
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+    *,
+    value_name: str = "value",
+) -> None:
+    """What to do in each state and by what margin, in a table and a picture.
+
+    A problem of many states has no table.
+
+    Args:
+      stem: of the picture's path.
+      title: of the problem.
+      mdp: the problem.
+      solution: of it, NumPy arrays.
+      state_names: `S` names.
+      action_names: `A` names.
+      value_name: what a value is.
+    """
+    is_small = mdp.num_states <= _MAX_ROWS
+    figure = plotting.policy_heatmap(
+        solution.policy,
+        state_names,
+        action_names,
+        value=solution.q if is_small else solution.value,
+        title=f"{title}: " + (f"{value_name} of each action" if is_small else "best action"),
+        value_name=value_name,
+        footer=RESEARCH_ONLY,
+    )
+    plotting.save_figure(figure, f"{stem}_policy.png")
+    if not is_small:
+        return
+    ordered = np.sort(np.where(mdp.action_mask, solution.q, -np.inf), axis=1)
+    rows = [
+        (
+            state_name,
+            action_names[solution.policy[state]],
+            f"{solution.value[state]:.3f}",
+            f"{ordered[state, -1] - ordered[state, -2]:.3f}",
+        )
+        for state, state_name in enumerate(state_names)
+    ]
+    columns = ("state", "best action", value_name, "gap to\nsecond best")
+    footer = f"{_PLAN}\n{RESEARCH_ONLY}"
+    print_table(f"{title}: what to do", columns, rows, footer=footer)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1] in "+-.0123456789"  # an empty cell is a missing number
