@@ -18,7 +18,7 @@ from jaxrl_llm import checks
 from jaxrl_llm.envs import diabetes, icu_sepsis, sepsis_management, treatment
 from jaxrl_llm.kernels import bellman
 from jaxrl_llm.training import cli, evaluate, experiment, report
-from jaxrl_llm.types import Array, SuccessorMDP
+from jaxrl_llm.types import SuccessorMDP
 
 Problem = Literal["treatment", "diabetes", "sepsis_management", "icu_sepsis"]
 PROBLEMS = {
@@ -41,6 +41,8 @@ class Config(experiment.RunConfig):
     """Of all arithmetic."""
 
     def validate(self) -> None:
+        if not self.problems:
+            raise ValueError("problems is empty; name at least one")
         checks.at_least("tolerance", self.tolerance, 0)
 
 
@@ -60,15 +62,14 @@ def main(config: Config) -> dict[str, float]:
             result[f"{name}_value"] = plan.start_value
             result[f"{name}_residual"] = max(found.solution.residual for found in runs.values())
         if "icu_sepsis" in solved:
-            optimum = solved["icu_sepsis"]["policy_iteration"].solution.policy
-            result |= survival(mdps["icu_sepsis"], optimum)
+            result |= survival(mdps["icu_sepsis"], solved["icu_sepsis"]["policy_iteration"])
     return experiment.finish(run, result)
 
 
-def survival(mdp: SuccessorMDP, optimum: Array) -> dict[str, float]:
-    """The exact probability of survival on ICU-Sepsis, of the optimum and of what it improves on."""
+def survival(mdp: SuccessorMDP, plan: evaluate.SolverRun) -> dict[str, float]:
+    """The exact probability of survival on ICU-Sepsis: the optimum, and what it improves on."""
     known = {"random": bellman.uniform_policy(mdp), "clinicians": icu_sepsis.expert_policy()}
-    exact = evaluate.exact_returns(mdp, {**known, "optimum": optimum})
+    exact = evaluate.exact_returns(mdp, known | {"optimum": plan.solution.policy})
     rows, columns = [(k, f"{v:.6f}") for k, v in exact.items()], ("policy", "exact survival")
     report.print_table("ICU-Sepsis: survival", columns, rows, footer=report.RESEARCH_ONLY)
     return {f"icu_sepsis_{name}": float(value) for name, value in exact.items()}

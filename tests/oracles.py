@@ -141,9 +141,7 @@ def random_mdp(
     if masked:
         mask = random.random(mask.shape) < 0.5
         mask[np.arange(num_states), random.integers(num_actions, size=num_states)] = True
-    return make_mdp(
-        transition, random.normal(size=transition.shape), discount, action_mask=mask
-    )
+    return make_mdp(transition, random.normal(size=transition.shape), discount, action_mask=mask)
 
 
 def garnet_mdp(

@@ -113,7 +113,7 @@ def to_gymnasium_vector(
     Gymnasium's own `SyncVectorEnv`: the observation is that of the new episode, `final_obs` and
     `final_info` keep the terminal ones, and every key of info has its mask `_key` `[B]`.
     `reset(seed=s)` seeds environment b with s + b, `reset(seed=[...])` each with its own, None
-    from `np_random`. Draws are as in `to_gymnasium`; a reset after step i uses `fold_in(key, -i)`.
+    from `np_random`. Draws are as in `to_gymnasium`, a reset after step i from `2**32 - i`.
 
     Args:
       environment, params, seed: as in `to_gymnasium`.

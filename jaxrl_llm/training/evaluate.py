@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from numpy.typing import NDArray
 
 from jaxrl_llm import checks
 from jaxrl_llm.envs.core import BatchPolicy
@@ -159,10 +161,10 @@ class SolverRun:
     """
 
     solution: Solution
-    start_value: Array
-    residuals: Array
-    milliseconds: Array
-    compile_seconds: Array
+    start_value: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    milliseconds: NDArray[np.float64]
+    compile_seconds: NDArray[np.float64]
 
     @classmethod
     def empty(cls, mdp: MDP | SuccessorMDP) -> SolverRun:
@@ -176,11 +178,11 @@ class SolverRun:
             compile_seconds=np.zeros(()),
         )
 
-    def history(self) -> Array:
+    def history(self) -> NDArray[np.float64]:
         """The residuals, without the places left empty after the last iteration."""
         return self.residuals[np.isfinite(self.residuals)]
 
-    def metrics(self) -> dict[str, Array]:
+    def metrics(self) -> dict[str, Any]:
         """The numbers that fit in a line of a log or a table."""
         return {
             "value": self.start_value,
@@ -223,8 +225,8 @@ def run_solver(
         residuals[index] = program(mdp, jnp.int32(index + 1)).residual
     return SolverRun(
         solution=jax.device_get(solution),
-        start_value=np.asarray(mdp.initial @ solution.value, np.float64),
+        start_value=np.array(mdp.initial @ solution.value, np.float64),
         residuals=residuals,
-        milliseconds=np.asarray(1e3 * np.median(seconds)),
-        compile_seconds=np.asarray(compile_seconds),
+        milliseconds=np.array(1e3 * np.median(seconds)),
+        compile_seconds=np.array(compile_seconds),
     )

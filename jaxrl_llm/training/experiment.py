@@ -55,14 +55,15 @@ class TrainConfig(RunConfig):
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ConfigT_co = TypeVar("ConfigT_co", bound=RunConfig, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Generic[ConfigT]):
+class Run(Generic[ConfigT_co]):
     """A run's folder, the configuration it was STARTED with, and whether it is going on."""
 
     directory: Path
-    config: ConfigT
+    config: ConfigT_co
     resumed: bool
 
     @property

@@ -65,7 +65,7 @@ def show_solvers(
         metrics = run.metrics() | {"converged": "yes" if run.solution.converged else "NO"}
         cells = zip(formats, metrics.values(), strict=True)
         rows.append((_words(solver), *(text.format(value) for text, value in cells)))
-    footer = f"{agreement(runs)} {_ITERATIONS}\n{RESEARCH_ONLY}"
+    footer = f"{agreement(runs)}\n{_ITERATIONS}\n{RESEARCH_ONLY}"
     print_table(f"{title}: what each solver found", columns, rows, footer=footer)
     figure = plotting.convergence(
         {_words(solver): run.history() for solver, run in runs.items()},
@@ -83,10 +83,14 @@ def agreement(runs: Mapping[str, SolverRun]) -> str:
     values = np.stack([run.solution.value for run in runs.values()])
     distance = f"values differ by at most {np.ptp(values, axis=0).max():.1e}"
     num_different = int(np.any(policies != policies[0], axis=0).sum())
-    if num_different:
-        states = f"{num_different} of {values.shape[1]} states"
-        return f"The solvers choose DIFFERENT actions in {states}; {distance}."
-    return f"All {len(runs)} solvers choose the same action in every state; {distance}."
+    if not num_different:
+        return f"All {len(runs)} solvers choose the same action in every state; {distance}."
+    q = min(runs.values(), key=lambda run: run.solution.residual).solution.q
+    worth = np.ptp(np.take_along_axis(q, policies.T, axis=1), axis=1).max()
+    return (
+        f"The solvers choose DIFFERENT actions in {num_different} of {values.shape[1]} states, "
+        f"which differ by at most {worth:.1e} in value; {distance}."
+    )
 
 
 def show_plan(
@@ -129,7 +133,7 @@ def show_plan(
     rows = [
         (
             state_name,
-            action_names[solution.policy[state]],
+            action_names[int(solution.policy[state])],
             f"{solution.value[state]:.3f}",
             f"{ordered[state, -1] - ordered[state, -2]:.3f}",
         )

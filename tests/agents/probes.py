@@ -27,7 +27,8 @@ class Probe:
       environment: observations `[1]` float32, two actions, no parameters.
       discount: at which the answer holds.
       observation: `[N, 1]`, all that an agent acts on; each is met as often as the others.
-      q: `[N, 2]`, the optimal action values there.
+      q: `[N, 2]`, the optimal action values there: a policy pi `[N, 2]` is right where the sum of
+        pi q over actions is `value`.
     """
 
     environment: Environment
@@ -39,12 +40,6 @@ class Probe:
     def value(self) -> NDArray[np.float64]:
         """V*, `[N]`."""
         return self.q.max(axis=1)
-
-    @property
-    def policy(self) -> NDArray[np.float64]:
-        """The probability `[N, 2]` of each action under an optimal policy that splits ties."""
-        best = self.q == self.value[:, None]
-        return best / best.sum(axis=1, keepdims=True)
 
 
 def _environment(

@@ -11,67 +11,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.envs import core
-from jaxrl_llm.types import Box, Discrete, Environment, TimeStep
-
-
-def counter_mask(state, params):
-    return jnp.array([True, False]) ^ (state % 2 == 1)
-
-
-def make_counter(*, with_mask=False):
-    """Counts its steps; pays `gain` a step, ends after `length`; both belong to the patient."""
-
-    def observe(state, params):
-        return jnp.stack([state.astype(jnp.float32), params["gain"]])
-
-    def reset(key, params):
-        del key
-        return jnp.int32(0), observe(jnp.int32(0), params)
-
-    def step(key, state, action, params):
-        del key
-        state = state + 1
-        return state, TimeStep(
-            observation=observe(state, params),
-            reward=params["gain"] * (1 + action),
-            terminated=state >= params["length"],
-            truncated=jnp.bool_(False),
-            info={},
-        )
-
-    return Environment(
-        name="counter",
-        reset=reset,
-        step=step,
-        default_params={"gain": jnp.float32(2), "length": jnp.int32(3)},
-        observation_space=Box(shape=(2,), low=0.0, high=np.inf),
-        action_space=Discrete(num=2),
-        action_mask=counter_mask if with_mask else None,
-    )
-
-
-def make_walk():
-    """A random walk from a random place, to see which keys are used where."""
-
-    def reset(key, params):
-        place = jax.random.normal(key)
-        return place, place
-
-    def step(key, state, action, params):
-        state = state + action + params * jax.random.normal(key)
-        ended = jnp.abs(state) > 2
-        return state, TimeStep(
-            observation=state, reward=state, terminated=ended, truncated=~ended & ended, info={}
-        )
-
-    return Environment(
-        name="walk",
-        reset=reset,
-        step=step,
-        default_params=jnp.float32(1),
-        observation_space=Box(shape=(), low=-np.inf, high=np.inf),
-        action_space=Box(shape=(), low=-1.0, high=1.0),
-    )
+from jaxrl_llm.types import Box, Discrete
+from tests.envs.problems import make_counter, make_walk
 
 
 def zero_policy(key, observation, action_mask):

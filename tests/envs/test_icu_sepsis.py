@@ -208,7 +208,7 @@ def test_mdp_that_terminates_punishes_inadmissible_actions_alone(undiscounted):
     masked = bellman.policy_evaluation(problem, bellman.uniform_policy(problem)).value
     unmasked = bellman.policy_evaluation(problem, uniform).value
     np.testing.assert_allclose(masked, undiscounted.value["random"], atol=1e-5)
-    # Once in two steps or more often it kills: 22 of 25 actions are inadmissible on average.
+    # Of 25 actions 22 are deadly on average, whereas masked 78% survive.
     assert float(problem.initial @ unmasked) < 0.2
 
 
@@ -259,14 +259,23 @@ def test_make_reports_the_mask_and_the_sofa_score(environment):
 
 
 def test_make_truncates_after_500_steps(environment):
-    state, _ = environment.reset(jax.random.key(0), environment.default_params)
-    for time, truncated in ((498, False), (499, True)):
-        late = state.replace(time=jnp.int32(time))
-        _, time_step = environment.step(
-            jax.random.key(3), late, jnp.int32(0), environment.default_params
-        )
-        if not bool(time_step.terminated):
-            assert bool(time_step.truncated) == truncated
+    params = environment.default_params
+    state, _ = environment.reset(jax.random.key(0), params)
+    keys = jax.random.split(jax.random.key(1), 64)
+
+    @jax.vmap
+    def step(key):
+        late = state.replace(time=jnp.int32(499))
+        early = state.replace(time=jnp.int32(498))
+        return [
+            environment.step(jax.random.clone(key), timed, jnp.int32(0), params)[1]
+            for timed in (early, late)
+        ]
+
+    early, late = step(keys)
+    assert not early.truncated.any()
+    np.testing.assert_array_equal(late.truncated, ~late.terminated)
+    assert late.truncated.any()
 
 
 def test_make_that_terminates_kills_on_inadmissible_actions():

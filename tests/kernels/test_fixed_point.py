@@ -121,7 +121,12 @@ def test_batchable_vmap_equals_a_loop(size, lockstep):
         policy = jnp.argmax(q, -1).astype(jnp.int32)
         sums = jnp.sum(value)
         return Solution(
-            value=value, q=q, policy=policy, iterations=max_iterations, residual=sums, converged=True
+            value=value,
+            q=q,
+            policy=policy,
+            iterations=max_iterations,
+            residual=sums,
+            converged=True,
         )
 
     def call(mdp, tolerance):

@@ -1,0 +1,147 @@
+"""Exact solutions of Markov decision processes, beside QuantEcon and pymdptoolbox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.harness import Case
+from jaxrl_llm.envs import icu_sepsis
+from jaxrl_llm.kernels import bellman
+from jaxrl_llm.types import MDP, Solution, SuccessorMDP
+
+DISCOUNT = 0.99
+# QuantEcon's values are within half its epsilon. Ours are within residual / (1 - discount).
+EPSILON = 1e-6
+TOLERANCE = EPSILON / 2 * (1 - DISCOUNT)
+NUM_PROBLEMS = 1000
+
+
+def cases() -> Iterable[Case]:
+    """ICU-Sepsis, one large dense problem, and batches of small ones."""
+    yield from _icu_sepsis()
+    yield from _dense()
+    yield from _batches()
+
+
+def _icu_sepsis() -> Iterable[Case]:
+    """The same sparse problem for both, with all 25 actions and with the admissible ones."""
+    with jax.enable_x64(True):
+        masked = bellman.successor_form(icu_sepsis.mdp(discount=DISCOUNT))
+        free = masked.replace(action_mask=jnp.ones_like(masked.action_mask))
+    for name, problem in (("all-actions", free), ("admissible", masked)):
+        yield Case(
+            name=f"icu-sepsis-{name}-float64",
+            function=_in_float64(partial(bellman.inexact_policy_iteration, tolerance=TOLERANCE)),
+            arguments=(problem,),
+            items=1,
+            unit="solutions",
+            peer=partial(_sparse_peer, problem),
+            agree=_same_values,
+        )
+
+
+def _sparse_peer(problem: SuccessorMDP) -> Any:
+    return peers.quantecon([problem], method="modified_policy_iteration", tolerance=EPSILON)
+
+
+def _dense() -> Iterable[Case]:
+    """1000 states x 10 actions, by sweeps that are bound by memory and by fewer of them."""
+    with jax.enable_x64(True):
+        problem = _random_problems(1, 1000, 10, np.float64)
+        problem = jax.tree.map(lambda leaf: leaf[0], problem)
+    transition_bytes = problem.transition.nbytes
+    for solver, method in (
+        (bellman.value_iteration, "value_iteration"),
+        (bellman.modified_policy_iteration, "modified_policy_iteration"),
+    ):
+        yield Case(
+            name=f"dense-1000x10-{method.replace('_', '-')}-float64",
+            function=_in_float64(partial(solver, tolerance=TOLERANCE)),
+            arguments=(problem,),
+            items=1,
+            unit="solutions",
+            peer=partial(peers.quantecon, [problem], method=method, tolerance=EPSILON),
+            agree=_same_values,
+            work=lambda solution: {"streamed_bytes": transition_bytes * int(solution.iterations)},
+        )
+    yield Case(
+        name="dense-1000x10-modified-policy-iteration-float64-mdptoolbox",
+        function=_in_float64(partial(bellman.modified_policy_iteration, tolerance=TOLERANCE)),
+        arguments=(problem,),
+        items=1,
+        unit="solutions",
+        peer=partial(
+            peers.mdptoolbox, problem, solver="PolicyIterationModified", tolerance=EPSILON
+        ),
+        agree=lambda ours, theirs: np.testing.assert_array_equal(ours.policy, theirs.policy),
+    )
+
+
+def _batches() -> Iterable[Case]:
+    """1000 problems of 50 states x 5 actions in one call, against one call each."""
+    for successors, kind in ((50, "random"), (5, "garnet")):
+        for dtype in (np.float64, np.float32):
+            with jax.enable_x64(dtype is np.float64):
+                problems = _random_problems(NUM_PROBLEMS, 50, 5, dtype, successors)
+            tolerance = TOLERANCE if dtype is np.float64 else 1e-6
+            solve = jax.vmap(partial(bellman.modified_policy_iteration, tolerance=tolerance))
+            yield Case(
+                name=f"batch-{NUM_PROBLEMS}-{kind}-50x5-{np.dtype(dtype).name}",
+                function=_in_float64(solve) if dtype is np.float64 else jax.jit(solve),
+                arguments=(problems,),
+                items=NUM_PROBLEMS,
+                unit="solutions",
+                peer=partial(_batch_peer, problems),
+                agree=_same_values,
+            )
+
+
+def _batch_peer(problems: MDP) -> Any:
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], problems) for i in range(NUM_PROBLEMS)]
+    return peers.quantecon(each, method="policy_iteration", tolerance=EPSILON)
+
+
+def _in_float64(solve: Callable[[Any], Solution]) -> Callable[[Any], Solution]:
+    """`solve`, jitted, with 64-bit types enabled around the call and not inside the program."""
+    jitted = jax.jit(solve)
+
+    def call(problem: Any) -> Solution:
+        with jax.enable_x64(True):
+            return jitted(problem)
+
+    return call
+
+
+def _same_values(ours: Solution, theirs: list[Any]) -> None:
+    value = np.reshape(ours.value, (len(theirs), -1))
+    tolerance = EPSILON if value.dtype == np.float64 else 5e-4 * np.abs(value).max()
+    expected = np.stack([result.v for result in theirs])
+    np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
+
+
+def _random_problems(
+    num_problems: int, num_states: int, num_actions: int, dtype: Any, successors: int | None = None
+) -> MDP:
+    """Uniform random laws over `successors` states a row (all of them by default), `[N, ...]`."""
+    random = np.random.default_rng(0)
+    shape = (num_problems, num_states, num_actions)
+    weight = random.random((*shape, num_states))
+    if successors is not None and successors < num_states:
+        rank = np.argsort(np.argsort(random.random(weight.shape), axis=-1), axis=-1)
+        weight = np.where(rank < successors, weight, 0)
+    transition = weight / weight.sum(-1, keepdims=True)
+    return MDP(
+        transition=jnp.asarray(transition, dtype),
+        reward=jnp.asarray(random.random((*shape, 1)), dtype),
+        discount=jnp.full(num_problems, DISCOUNT, dtype),
+        initial=jnp.full(shape[:2], 1 / num_states, dtype),
+        terminal=jnp.zeros(shape[:2], bool),
+        action_mask=jnp.ones(shape, bool),
+    )
