@@ -7,7 +7,7 @@ state-action rows and `K` successors. Control is time-major, `[T, B, ...]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -78,7 +78,8 @@ class MDP:
     def restrict(self, policy: Array) -> MDP:
         """The process with one action a state, that of `policy` `[S]` (integers)."""
         index = policy[:, None, None]
-        return self.replace(
+        return replace(
+            self,
             transition=jnp.take_along_axis(self.transition, index, axis=1),
             reward=jnp.take_along_axis(self.reward, index, axis=1),
             action_mask=jnp.take_along_axis(self.action_mask, index[..., 0], axis=1),
@@ -142,7 +143,8 @@ class SuccessorMDP:
     def restrict(self, policy: Array) -> SuccessorMDP:
         """The process with one action a state, that of `policy` `[S]` (integers)."""
         row = jnp.take_along_axis(self.row, policy[:, None], axis=1)[:, 0]
-        return self.replace(
+        return replace(
+            self,
             successor=self.successor[row],
             probability=self.probability[row],
             reward=self.reward[row],

@@ -1,5 +1,7 @@
 """`Mean` adds exactly; both representations of an MDP give the same expectations."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +79,7 @@ def problem(request, x64):
     if request.param == "successors":
         return bellman.successor_form(mdp), transition, reward
     if "action" in request.param:
-        return mdp.replace(reward=jnp.array(reward)[..., None]), transition, reward
+        return replace(mdp, reward=jnp.array(reward)[..., None]), transition, reward
     return mdp, transition, reward
 
 
@@ -109,7 +111,7 @@ def test_mdp_under_matches_einsum(problem):
 
 def test_mdp_restrict_keeps_one_action_a_state(problem):
     mdp, transition, reward = problem
-    mdp = mdp.replace(action_mask=mdp.action_mask.at[0, 2].set(False))
+    mdp = replace(mdp, action_mask=mdp.action_mask.at[0, 2].set(False))
     restricted = mdp.restrict(jnp.array(POLICY))
     value = np.random.default_rng(3).normal(size=5)
     assert (restricted.num_states, restricted.num_actions) == (5, 1)

@@ -12,6 +12,8 @@ or at the rounding error of the dtype if that is larger; V is then within
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,7 +272,8 @@ def inexact_policy_iteration(
 
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
-        forcing = jnp.where(mdp.discount < 1, _FORCING, _FORCING_UNDISCOUNTED)
+        # Declared a float by `bicgstab`, which only multiplies with it.
+        forcing: Any = jnp.where(mdp.discount < 1, _FORCING, _FORCING_UNDISCOUNTED)
 
         def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
             chain = model.chain(greedy(iterate.q, mdp.action_mask))

@@ -122,10 +122,10 @@ def gae(
     Source: Schulman et al. (2016), arXiv:1506.02438, equations 11, 12 and 16.
 
     >>> import jax.numpy as jnp
-    >>> reward, value = jnp.ones(2), jnp.array([0.5, 0.6])
-    >>> discount, reset = jnp.array([0.9, 0.0]), jnp.array([False, True])
-    >>> gae(reward, discount, value, jnp.array([0.6, 9.0]), reset, lambda_=0.0).round(4).tolist()
-    [1.04, 0.4]
+    >>> reward, value = jnp.ones(2), jnp.array([0.5, 0.25])
+    >>> discount, reset = jnp.array([0.5, 0.0]), jnp.array([False, True])
+    >>> gae(reward, discount, value, jnp.array([0.25, 9.0]), reset, lambda_=0.0).tolist()
+    [0.625, 0.75]
     """
     chex.assert_rank([reward, discount, value, next_value, reset], 1)
     chex.assert_equal_shape([reward, discount, value, next_value, reset])

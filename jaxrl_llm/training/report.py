@@ -36,9 +36,8 @@ def print_table(
         table.add_column(column, justify="right" if is_numeric else "left")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(width=_UNLIMITED, highlight=False, markup=False)
+    width = None if Console().is_terminal else _UNLIMITED
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     console.print()
     if title:
         console.print(title, style="bold")
@@ -105,7 +104,7 @@ def show_plan(
 ) -> None:
     """What to do in each state and by what margin, in a table and a picture.
 
-    A problem of many states has no table.
+    A problem of many states has no table; a state with one allowed action has no margin.
 
     Args:
       stem: of the picture's path.
@@ -130,12 +129,13 @@ def show_plan(
     if not is_small:
         return
     ordered = np.sort(np.where(mdp.action_mask, solution.q, -np.inf), axis=1)
+    gaps = ordered[:, -1] - ordered[:, -2]
     rows = [
         (
             state_name,
             action_names[int(solution.policy[state])],
             f"{solution.value[state]:.3f}",
-            f"{ordered[state, -1] - ordered[state, -2]:.3f}",
+            f"{gaps[state]:.3f}" if np.isfinite(gaps[state]) else "",
         )
         for state, state_name in enumerate(state_names)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import gymnasium
 import gymnax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from gymnax.environments import spaces
 
 from jaxrl_llm.envs import adapters, core
 from jaxrl_llm.types import Box, Discrete
@@ -59,7 +61,7 @@ def test_from_gymnax_terminates_a_falling_cartpole(cartpole):
 
 
 def test_from_gymnax_terminates_where_the_limit_falls_together_with_the_fall():
-    _, params = gymnax.make("CartPole-v1")
+    params: Any = gymnax.make("CartPole-v1")[1]
     unlimited = episode(adapters.from_gymnax("CartPole-v1"), lambda _: jnp.int32(0), num_steps=12)
     fall = int(unlimited.terminated.argmax())
     for limit, terminated in ((fall, False), (fall + 1, True)):
@@ -75,7 +77,7 @@ def test_from_gymnax_has_the_dynamics_of_gymnasium(x64):
     state, _ = cartpole.reset(jax.random.key(0), cartpole.default_params)
     x, x_dot, theta, theta_dot = initial
     state = state.replace(x=x, x_dot=x_dot, theta=theta, theta_dot=theta_dot)
-    env = gymnasium.make("CartPole-v1").unwrapped
+    env: Any = gymnasium.make("CartPole-v1").unwrapped
     env.reset(seed=0)
     env.state = initial
     step = jax.jit(cartpole.step)
@@ -102,7 +104,8 @@ def test_from_gymnax_has_the_dynamics_of_gymnasium(x64):
     ],
 )
 def test_from_gymnax_steps_as_gymnax_does(name):
-    env, params = gymnax.make(name)
+    made: tuple[Any, Any] = gymnax.make(name)
+    env, params = made
     environment = adapters.from_gymnax(name)
     assert environment.name == env.name
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(environment.default_params))
@@ -127,7 +130,7 @@ def test_from_gymnax_steps_as_gymnax_does(name):
     np.testing.assert_allclose(steps.observation, observation, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(steps.reward, reward, rtol=1e-6)
     assert bool(steps.terminated | steps.truncated) == bool(done)
-    assert steps.observation.shape == environment.observation_space.shape
+    assert steps.observation.shape == core.example(environment.observation_space).shape
     assert steps.reward.dtype == jnp.float32
     # What a scan carries keeps its types.
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == jax.tree.map(
@@ -139,7 +142,7 @@ def test_from_gymnax_steps_as_gymnax_does(name):
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
 @pytest.mark.parametrize("name", ["Breakout-MinAtar", "SpaceInvaders-MinAtar"])
 def test_from_gymnax_truncates_where_the_state_remembers_done(name):
-    _, params = gymnax.make(name)
+    params: Any = gymnax.make(name)[1]
     environment = adapters.from_gymnax(name, params.replace(max_steps_in_episode=3))
     steps = episode(environment, lambda _: jnp.int32(0), num_steps=3)
     np.testing.assert_array_equal(steps.truncated, [False, False, True])
@@ -183,13 +186,15 @@ def test_from_gymnax_rolls_out_with_resets(cartpole):
 
 def test_from_gymnax_maps_the_spaces(cartpole):
     assert cartpole.action_space == Discrete(num=2)
-    high = cartpole.observation_space.high
+    assert isinstance(cartpole.observation_space, Box)
+    high = np.asarray(cartpole.observation_space.high)
     assert cartpole.observation_space.shape == (4,)
     np.testing.assert_allclose(high[0], 4.8, rtol=1e-6)
-    np.testing.assert_allclose(cartpole.observation_space.low, -np.asarray(high))
+    np.testing.assert_allclose(cartpole.observation_space.low, -high)
     pendulum = adapters.from_gymnax("Pendulum-v1")
     assert pendulum.action_space == Box(shape=(1,), low=-2.0, high=2.0)
-    assert pendulum.observation_space.high == (1.0, 1.0, 8.0)
+    high = (1.0, 1.0, 8.0)
+    assert pendulum.observation_space == Box(shape=(3,), low=tuple(-np.array(high)), high=high)
     catch = adapters.from_gymnax("Catch-bsuite")
     assert catch.observation_space == Box(shape=(10, 5), low=0.0, high=1.0)
 
@@ -206,13 +211,13 @@ class Corridor:
 
     name = "corridor"
     default_params = Endless()
-    space = gymnax.environments.spaces.Discrete(3)
+    space = spaces.Discrete(3)
 
     def observation_space(self, params):
         return self.space
 
     def action_space(self, params):
-        return gymnax.environments.spaces.Discrete(2)
+        return spaces.Discrete(2)
 
     def reset_env(self, key, params):
         return jnp.int32(0), {"place": 0}
@@ -223,7 +228,8 @@ class Corridor:
 
 
 def test_from_gymnax_takes_an_environment_without_a_limit():
-    corridor = adapters.from_gymnax(Corridor())
+    env: Any = Corridor()
+    corridor = adapters.from_gymnax(env)
     assert corridor.observation_space == Discrete(num=3)
     steps = episode(corridor, lambda _: jnp.int32(1), num_steps=3)
     np.testing.assert_array_equal(steps.terminated, [False, True, True])
@@ -234,15 +240,15 @@ def test_from_gymnax_takes_an_environment_without_a_limit():
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (gymnax.environments.spaces.Dict({}), "space is Dict; only Discrete and Box"),
+        (spaces.Dict({}), "space is Dict; only Discrete and Box"),
         (
-            gymnax.environments.spaces.Box(0, np.arange(1, 5).reshape(2, 2), (2, 2)),
+            spaces.Box(0, jnp.arange(1, 5).reshape(2, 2), (2, 2)),
             "space has bounds that differ and shape (2, 2); flatten it first",
         ),
     ],
 )
 def test_from_gymnax_refuses_other_spaces(space, message):
-    env = Corridor()
+    env: Any = Corridor()
     env.space = space
     with pytest.raises(ValueError, match=re.escape(message)):
         adapters.from_gymnax(env)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import gymnasium
 import jax
@@ -84,7 +85,7 @@ def test_to_gymnasium_vector_of_a_discrete_space_is_laid_out_as_gymnasiums_own()
 
 
 def test_to_gymnasium_vector_seeds_each_environment(icu):
-    envs = adapters.to_gymnasium_vector(icu, 6)
+    envs: Any = adapters.to_gymnasium_vector(icu, 6)
     single = adapters.to_gymnasium(icu)
     expected = [single.reset(seed=3 + place)[0] for place in range(6)]
     np.testing.assert_array_equal(envs.reset(seed=3)[0], expected)

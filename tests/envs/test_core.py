@@ -294,6 +294,7 @@ def test_time_limit_keeps_masks_and_spaces():
     counter = make_counter(with_mask=True)
     limited = core.time_limit(counter, 2)
     state, _ = limited.reset(jax.random.key(0), limited.default_params)
+    assert limited.action_mask is not None
     np.testing.assert_array_equal(limited.action_mask(state, limited.default_params), [True, False])
     assert core.time_limit(make_counter(), 2).action_mask is None
     for field in dataclasses.fields(counter):

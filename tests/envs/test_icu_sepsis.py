@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,19 @@ import pytest
 
 from jaxrl_llm.envs import core, icu_sepsis
 from jaxrl_llm.kernels import bellman
+from jaxrl_llm.types import Solution
+from tests import oracles
 
 ICU = icu_sepsis.DEATH  # states 0 to 712
-
-# Probability of survival from the initial law, and mean number of 4-hour steps.
-SURVIVAL = {"random": 0.7801, "expert": 0.7818, "optimal": 0.8751}
-DISCOUNTED_SURVIVAL = {"random": 0.7191, "expert": 0.7222, "optimal": 0.8013}  # discount .99
-LENGTH = {"random": 9.4623, "expert": 9.2380, "optimal": 10.9917}
 
 
 class Exact(NamedTuple):
     """Of one discount: values `[S]` by policy, and two solutions, masked and not."""
 
-    value: dict[str, np.ndarray]
-    length: dict[str, np.ndarray]
-    solution: bellman.Solution
-    unmasked: bellman.Solution
+    value: dict[str, Any]
+    length: dict[str, Any]
+    solution: Solution
+    unmasked: Solution
 
 
 @jax.jit
@@ -80,16 +77,18 @@ def environment():
 def test_policies_have_the_published_survival(undiscounted):
     initial = icu_sepsis.data().initial
     assert undiscounted.value["random"].dtype == np.float64
-    for name, survival in SURVIVAL.items():
+    for name, survival in oracles.ICU_SEPSIS_RETURN.items():
         np.testing.assert_allclose(initial @ undiscounted.value[name], survival, atol=5e-5)
-        np.testing.assert_allclose(initial @ undiscounted.length[name], LENGTH[name], atol=5e-5)
+        np.testing.assert_allclose(
+            initial @ undiscounted.length[name], oracles.ICU_SEPSIS_LENGTH[name], atol=5e-5
+        )
 
 
 def test_policies_have_the_published_discounted_survival(problem):
     with jax.enable_x64(True):
         discounted = exact(problem, 0.99)
     initial = icu_sepsis.data().initial
-    for name, survival in DISCOUNTED_SURVIVAL.items():
+    for name, survival in oracles.ICU_SEPSIS_DISCOUNTED_RETURN.items():
         np.testing.assert_allclose(initial @ discounted.value[name], survival, atol=5e-5)
 
 
@@ -141,7 +140,7 @@ def test_data_has_the_documented_admissible_actions():
     admissible = icu_sepsis.data().admissible
     assert admissible.shape == (716, 25)
     # 2238 pairs over the 713 ICU states; the three states behind them allow every action.
-    assert admissible[:ICU].sum() == 2238
+    assert admissible[:ICU].sum() == oracles.ICU_SEPSIS_ADMISSIBLE_PAIRS
     np.testing.assert_allclose(admissible[:ICU].sum(axis=1).mean(), 3.139, atol=5e-4)
     assert admissible[:ICU].any(axis=1).all()
     assert admissible[ICU:].all()
@@ -193,9 +192,10 @@ def test_names_match_the_arrays():
 
 
 def test_mdp_refuses_an_unknown_strategy():
+    unknown: Any = "ignore"
     message = re.escape("inadmissible is 'ignore'; it must be one of 'mean', 'terminate', 'raise'")
     with pytest.raises(ValueError, match=message):
-        icu_sepsis.mdp(inadmissible="ignore")
+        icu_sepsis.mdp(inadmissible=unknown)
 
 
 def test_mdp_that_terminates_punishes_inadmissible_actions_alone(undiscounted):
@@ -237,11 +237,12 @@ def test_make_lets_a_random_policy_survive_as_often_as_computed(environment):
     last = batch.next_observation[end, episodes]
     np.testing.assert_array_equal(survived, last == icu_sepsis.SURVIVAL)
     np.testing.assert_array_equal(survived == 0, last == icu_sepsis.DEATH)
-    error = np.sqrt(SURVIVAL["random"] * (1 - SURVIVAL["random"]) / num_episodes)
-    assert abs(survived.mean() - SURVIVAL["random"]) < 4 * error
+    survival = oracles.ICU_SEPSIS_RETURN["random"]
+    error = np.sqrt(survival * (1 - survival) / num_episodes)
+    assert abs(survived.mean() - survival) < 4 * error
     length = end + 1
     error = length.std() / np.sqrt(num_episodes)
-    assert abs(length.mean() - LENGTH["random"]) < 4 * error
+    assert abs(length.mean() - oracles.ICU_SEPSIS_LENGTH["random"]) < 4 * error
 
 
 def test_make_reports_the_mask_and_the_sofa_score(environment):

@@ -13,6 +13,7 @@ from scipy import stats
 from jaxrl_llm import make_mdp
 from jaxrl_llm.envs import core, tabular
 from jaxrl_llm.kernels import bellman
+from jaxrl_llm.types import Discrete
 
 
 def random_mdp(seed=0):
@@ -185,8 +186,9 @@ def test_make_reports_inadmissible_actions_when_asked():
 def test_make_describes_the_problem():
     environment = tabular.make(random_mdp(), name="five")
     assert environment.name == "five"
-    assert environment.observation_space.num == 5
-    assert environment.action_space.num == 3
+    assert environment.observation_space == Discrete(num=5)
+    assert environment.action_space == Discrete(num=3)
+    assert environment.action_mask is not None
     np.testing.assert_array_equal(
         environment.action_mask(jnp.int32(1), environment.default_params), [True, True, False]
     )

@@ -106,21 +106,20 @@ def every_step(reference, data, *arguments):
 @every_stream
 @pytest.mark.parametrize("lambda_", [0.0, LAMBDA, 1.0])
 def test_lambda_returns_match_the_mixture_of_n_step_returns(data, lambda_, x64):
-    actual = returns.lambda_returns(*select(data, *RETURN), lambda_=lambda_)
+    actual = jax.jit(returns.lambda_returns)(*select(data, *RETURN), lambda_=lambda_)
     np.testing.assert_allclose(actual, every_step(lambda_reference, data, lambda_), atol=1e-12)
 
 
 @every_stream
 def test_n_step_returns_match_the_sum(data, x64):
-    n_step = jax.jit(returns.n_step_returns)
     for n in (1, 2, 3, 100):
-        actual = n_step(*select(data, *RETURN), n=n)
+        actual = jax.jit(returns.n_step_returns)(*select(data, *RETURN), n=n)
         np.testing.assert_allclose(actual, every_step(n_step_reference, data, n), atol=1e-12)
 
 
 @every_stream
 def test_gae_matches_the_sum_of_td_errors(data, x64):
-    actual = returns.gae(*select(data, *GAE), lambda_=LAMBDA)
+    actual = jax.jit(returns.gae)(*select(data, *GAE), lambda_=LAMBDA)
     trace = np.full(len(data["reward"]), LAMBDA)
     expected = every_step(trace_reference, data, delta_of(data), trace)
     np.testing.assert_allclose(actual, expected, atol=1e-12)
@@ -129,7 +128,7 @@ def test_gae_matches_the_sum_of_td_errors(data, x64):
 @every_stream
 @pytest.mark.parametrize(("clip_rho", "clip_c"), [(1.0, 1.0), (2.0, 0.5), (np.inf, np.inf)])
 def test_vtrace_matches_the_sum(data, clip_rho, clip_c, x64):
-    actual = returns.vtrace(
+    actual = jax.jit(returns.vtrace)(
         *select(data, *VTRACE), lambda_=LAMBDA, clip_rho=clip_rho, clip_c=clip_c
     )
     rho = np.minimum(clip_rho, data["importance_ratio"])
@@ -155,8 +154,10 @@ DEATH = np.array([1.328, 0.4, 1.7472, 1.01])
 
 
 def golden_gae(discount, next_value, reset):
-    arguments = np.ones(4), discount, VALUE, next_value, reset
-    return returns.gae(*map(jnp.float32, arguments[:4]), jnp.array(reset), lambda_=LAMBDA)
+    reward, discount, value, next_value = map(
+        jnp.float32, (np.ones(4), discount, VALUE, next_value)
+    )
+    return returns.gae(reward, discount, value, next_value, jnp.array(reset), lambda_=LAMBDA)
 
 
 def test_gae_bootstraps_a_timeout_from_the_state_before_the_reset():

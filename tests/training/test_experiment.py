@@ -171,8 +171,6 @@ def test_train_logs_what_evaluate_says_and_curve_reads_it(config):
     np.testing.assert_array_equal(steps, [2, 4, 6, 8, 10])
     np.testing.assert_array_equal(values, np.stack(seen, axis=1))
     np.testing.assert_array_equal(values[:, -1], state[:, 0])
-    # The last line has the mean of steps 9 and 10: the metric of one step alone is its own mean.
-    assert experiment.curve(run, "height")[1].shape == (3, 5)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["10", "6"]
 
 

@@ -1,0 +1,178 @@
+"""Tables: every cell is there, every column lines up, and nothing is wider than the terminal."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from jaxrl_llm import make_mdp
+from jaxrl_llm.training import evaluate, report
+from jaxrl_llm.types import Solution
+
+COLUMNS = ("policy", "survival", "note")
+ROWS = [("random", "0.78", "none"), ("the optimum", "-10.5", "[bold]exact[/bold] :smile:")]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes stdout a colourless terminal of a given width."""
+
+    def make(width: int) -> None:
+        for name, value in {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": str(width)}.items():
+            monkeypatch.setenv(name, value)
+
+    return make
+
+
+@pytest.fixture
+def runs(x64):
+    """Runs of every solver on a problem whose answer is known: stay for 1 a step, or leave."""
+    return {name: evaluate.run_solver(s, mdp(), 1e-9) for name, s in evaluate.SOLVERS.items()}
+
+
+def mdp(**changes):
+    law = [[[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]
+    settings = {"terminal": np.array([False, True]), **changes}
+    return make_mdp(np.array(law), np.array([[7.5, 1.0], [0.0, 0.0]]), 0.9, **settings)
+
+
+def solution(q, policy) -> Solution:
+    q, policy = np.array(q, float), np.array(policy, np.int32)
+    return Solution(
+        value=q[np.arange(len(q)), policy],
+        q=q,
+        policy=policy,
+        iterations=np.int32(3),
+        residual=np.float64(0),
+        converged=np.bool_(True),
+    )
+
+
+def printed(capsys) -> list[str]:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_print_table_aligns_numbers_right_and_text_left(capsys):
+    report.print_table("Survival", COLUMNS, ROWS, footer=report.RESEARCH_ONLY)
+    blank, title, header, rule, *rows, gap, footer = printed(capsys)
+    assert (blank, title, gap, footer) == ("", "Survival", "", report.RESEARCH_ONLY)
+    assert header == "policy       survival  note"
+    assert set(rule) == {"─"}
+    assert rows == [
+        "random           0.78  none",
+        "the optimum     -10.5  [bold]exact[/bold] :smile:",
+    ]
+
+
+def test_print_table_needs_neither_title_nor_footer_nor_rows(capsys):
+    report.print_table("", ("policy", "survival"), [])
+    blank, header, rule = printed(capsys)
+    assert (blank, header, set(rule)) == ("", "policy  survival", {"─"})
+
+
+def test_print_table_treats_a_missing_number_as_a_number(capsys):
+    report.print_table("", ("a", "deviation"), [("x", ""), ("y", "0.1")])
+    assert printed(capsys)[-1] == "y        0.1"
+
+
+def test_print_table_on_a_pipe_cuts_nothing_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    long = ["word " * 50 + "end"] * 3
+    report.print_table("title " * 30, ["c", "d", "e"], [long, long], footer="footer " * 30)
+    lines = printed(capsys)
+    assert sum(line.count("word") for line in lines) == 300
+    assert [line.count("end") for line in lines if "end" in line] == [3, 3]
+    assert [line.count("footer") for line in lines if "footer" in line] == [30]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_print_table_on_a_terminal_wraps(capsys, terminal, width):
+    terminal(width)
+    rows = [("a state with a long name " * 4, "an action with a long name " * 4, "1.5")]
+    report.print_table("t", ("state", "action", "value"), rows, footer="many words " * 20)
+    lines = printed(capsys)
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert text.count("many words") == 20
+    assert (text.count("state"), text.count("action"), text.count("…")) == (5, 5, 0)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_show_solvers_prints_a_row_a_solver(capsys, terminal, tmp_path, runs, width):
+    terminal(width)
+    report.show_solvers(tmp_path / "leave", "Leave or stay", mdp(), runs)
+    lines = printed(capsys)
+    assert lines[1] == "Leave or stay: what each solver found"
+    assert lines[-1] == report.RESEARCH_ONLY
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if "yes" in line]
+    for row, (name, run) in zip(rows, runs.items(), strict=True):
+        number = str(run.solution.iterations)
+        assert row.startswith(name.split("_")[0])
+        # Staying is worth 1 / (1 - 0.9), and no episode begins in the terminal state.
+        assert row.split()[-7 + 1 : -3] == ["10.0000", number, row.split()[-4]][:3]
+    assert not any("…" in line for line in lines)
+    assert "All 4 solvers choose the same action in every state" in " ".join(lines)
+    assert imread(tmp_path / "leave_convergence.png").ndim == 3
+
+
+def test_show_solvers_says_what_did_not_converge(capsys, tmp_path, runs):
+    run = runs["value_iteration"]
+    failed = run.replace(solution=run.solution.replace(converged=np.bool_(False)))
+    report.show_solvers(tmp_path / "x", "X", mdp(), {**runs, "value_iteration": failed})
+    (row,) = [line for line in printed(capsys) if line.startswith("value iteration")]
+    assert " NO " in row
+
+
+def test_agreement_says_by_how_much_solvers_differ(runs):
+    run = runs["policy_iteration"]
+    one = run.replace(solution=solution([[7.5, 10.0], [2.0, 2.0]], [1, 0]))
+    far = run.replace(solution=solution([[7.5, 10.5], [2.0, 2.0]], [1, 0]))
+    assert report.agreement({"a": one, "b": far}) == (
+        "All 2 solvers choose the same action in every state; values differ by at most 5.0e-01."
+    )
+    other = run.replace(solution=solution([[7.5, 10.0], [2.0, 2.0]], [0, 1]))
+    assert report.agreement({"a": one, "b": other}) == (
+        "The solvers choose DIFFERENT actions in 2 of 2 states, which differ by at most 2.5e+00 in "
+        "value; values differ by at most 2.5e+00."
+    )
+
+
+def test_show_plan_prints_the_best_action_and_its_margin(capsys, tmp_path):
+    names = ("ill", "well"), ("operate", "wait")
+    found = solution([[7.5, 10.25], [0.0, -1.0]], [1, 0])
+    report.show_plan(tmp_path / "x", "Surgery", mdp(), found, *names)
+    lines = printed(capsys)
+    assert lines[1] == "Surgery: what to do"
+    assert [line.split() for line in lines if line.startswith(("ill", "well"))] == [
+        ["ill", "wait", "10.250", "2.750"],
+        ["well", "operate", "0.000", "1.000"],
+    ]
+    assert lines[-1] == report.RESEARCH_ONLY
+    assert imread(tmp_path / "x_policy.png").ndim == 3
+
+
+def test_show_plan_measures_the_margin_among_allowed_actions(capsys, tmp_path):
+    law = np.full((2, 3, 2), 0.5)
+    mask = np.array([[True, False, True], [False, False, True]])
+    masked = make_mdp(law, 0.0, 0.9, action_mask=mask)
+    found = solution([[1.0, 9.0, 5.0], [7.0, 8.0, 6.0]], [2, 2])
+    names = ("ill", "worse"), ("wait", "forbidden", "operate")
+    report.show_plan(tmp_path / "x", "Surgery", masked, found, *names)
+    rows = [line.split() for line in printed(capsys) if line.startswith(("ill", "worse"))]
+    assert rows == [["ill", "operate", "5.000", "4.000"], ["worse", "operate", "6.000"]]
+
+
+def test_show_plan_of_many_states_is_a_picture_only(capsys, tmp_path):
+    size = 60
+    law = np.ones((size, 2, size)) / size
+    large = make_mdp(law, 0.0, 0.9)
+    found = solution(np.zeros((size, 2)), np.zeros(size))
+    names = [f"state {index}" for index in range(size)], ("wait", "operate")
+    report.show_plan(tmp_path / "x", "Large", large, found, *names, value_name="survival")
+    assert printed(capsys) == []
+    assert imread(tmp_path / "x_policy.png").ndim == 3
