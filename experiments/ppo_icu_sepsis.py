@@ -2,9 +2,8 @@
 
     python -m experiments.ppo_icu_sepsis
 
-Ten seeds at once, each a table of logits and one of values over 716 patient states, learn from
-6.6 million sampled steps. What is reported is not a sampled return: it is the EXACT probability of
-survival under the learned policy, from the linear system of the MDP.
+Ten seeds at once learn tables of logits and values over 716 patient states, from 6.6 million steps
+each. What is reported is no sampled return but the EXACT probability of survival of each policy.
 
 Expected on 2 CPU cores: under 2 minutes; greedy policy 0.872 ± 0.001 over seeds, where random
 is 0.780, the clinicians' policy 0.782 and the optimum 0.875. Research only, not for clinical use.
@@ -13,7 +12,6 @@ is 0.780, the clinicians' policy 0.782 and the optimum 0.875. Research only, not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +21,12 @@ from jaxrl_llm.envs import icu_sepsis
 from jaxrl_llm.kernels import bellman
 from jaxrl_llm.nn.heads import TabularActorCritic
 from jaxrl_llm.training import cli, evaluate, experiment, plotting, report
+from jaxrl_llm.types import Array, PyTree
 
-
-# fmt: off
 SETTINGS = ppo.Config(
-    num_environments=512, num_steps=32, num_iterations=400, learning_rate=0.02,
-    max_gradient_norm=10.0, gamma=1.0, gae_lambda=0.5, value_clip_epsilon=None,
-    entropy_coefficient=0.002,
-)
-# fmt: on
+    num_environments=512, num_steps=32, num_iterations=400, learning_rate=0.02, gamma=1.0,
+    gae_lambda=0.5, entropy_coefficient=0.002, value_clip_epsilon=None, max_gradient_norm=10.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,42 +40,38 @@ def main(config: Config) -> dict[str, float]:
     """Trains, prints a table, draws two pictures; returns survival probabilities in [0, 1]."""
     run = experiment.open_run("ppo_icu_sepsis", config)
     settings, mdp = run.config.ppo, icu_sepsis.mdp()
-    optimal = bellman.inexact_policy_iteration(bellman.successor_form(mdp)).policy
+    optimum = bellman.inexact_policy_iteration(bellman.successor_form(mdp))
     known = {"random": bellman.uniform_policy(mdp), "clinicians": icu_sepsis.expert_policy()}
-    exact = evaluate.exact_returns(mdp, {**known, "optimum": optimal})
+    exact = evaluate.exact_returns(mdp, known | {"optimum": optimum.policy})
     network = TabularActorCritic(mdp.num_states, mdp.num_actions)
 
-    def policies(params):
+    def policies(params: PyTree) -> dict[str, Array]:
         states = jnp.arange(mdp.num_states)
         logits, _ = network.apply(params, states, action_mask=mdp.action_mask)
         return {"greedy": bellman.greedy(logits), "stochastic": jax.nn.softmax(logits)}
 
     @jax.jit  # one seed at a time: each is a dense linear system
-    def survival(state):
-        exact = partial(evaluate.exact_returns, mdp)
-        return jax.lax.map(lambda params: exact(policies(params)), state.train.params)
+    def survival(state: ppo.State) -> dict[str, Array]:
+        return jax.lax.map(
+            lambda params: evaluate.exact_returns(mdp, policies(params)), state.train.params
+        )
 
     algorithm = ppo.make(settings, icu_sepsis.make(), network)
     size = {"num_steps": settings.num_iterations, "items_per_step": settings.batch_size}
     state = experiment.train(run, algorithm, **size, evaluate=survival)
 
-    learned = jax.device_get(survival(state))
-    rows = [(name, f"{value:.4f}", "") for name, value in exact.items()]
-    rows += [(f"PPO, {k}", f"{v.mean():.4f}", f"{v.std():.4f}") for k, v in learned.items()]
-    columns = ("policy on ICU-Sepsis", "exact survival", f"± over {run.config.num_seeds} seeds")
-    report.print_table("", columns, rows, footer=report.RESEARCH_ONLY)
+    learned = {f"PPO, {k}": v for k, v in jax.device_get(survival(state)).items()}
     steps, values = experiment.curve(run, "greedy")
-    title, style = "ICU-Sepsis: exact survival under PPO's greedy policy", {"references": exact}
-    style |= {"title": title, "ylabel": "Survival", "footer": report.RESEARCH_ONLY}
-    figure = plotting.learning_curve(steps * settings.batch_size, values, **style)
-    plotting.save_figure(figure, run.directory / "learning_curve.png")
+    path, title = run.directory / "learning_curve.png", "ICU-Sepsis: PPO's greedy policy"
+    curve = steps * settings.batch_size, values
+    report.show_learning(path, title, exact, learned, curve, value_name="Exact survival")
     average = jax.vmap(policies)(state.train.params)["stochastic"].mean(axis=0)
-    style = {"title": "PPO's policy, mean over seeds", "footer": report.RESEARCH_ONLY}
-    names = icu_sepsis.state_names, icu_sepsis.action_names
-    figure = plotting.policy_heatmap(average, *names, **style)
+    names, title = (icu_sepsis.state_names, icu_sepsis.action_names), "PPO, mean over seeds"
+    figure = plotting.policy_heatmap(average, *names, title=title, footer=report.RESEARCH_ONLY)
     plotting.save_figure(figure, run.directory / "policy.png")
-    summary = {f"{k}_{f}": getattr(v, f)() for k, v in learned.items() for f in ("mean", "std")}
-    return experiment.finish(run, {**exact, **summary})
+    greedy, stochastic = learned.values()
+    result = {"greedy_mean": greedy.mean(), "greedy_std": greedy.std(), "greedy_min": greedy.min()}
+    return experiment.finish(run, {**exact, **result, "stochastic_mean": stochastic.mean()})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxrl_llm.training import plotting
 from jaxrl_llm.training.evaluate import NUM_RESIDUALS, SolverRun
@@ -142,6 +143,38 @@ def show_plan(
     columns = ("state", "best action", value_name, "gap to\nsecond best")
     footer = f"{_PLAN}\n{RESEARCH_ONLY}"
     print_table(f"{title}: what to do", columns, rows, footer=footer)
+
+
+def show_learning(
+    path: Path,
+    title: str,
+    references: Mapping[str, float],
+    learned: Mapping[str, NDArray[np.floating]],
+    curve: tuple[NDArray[np.integer], NDArray[np.floating]],
+    *,
+    value_name: str,
+) -> None:
+    """What was learned beside what is known, in a table and a learning curve.
+
+    Args:
+      path: of the picture.
+      title: of both.
+      references: exact values to compare with, by name.
+      learned: the final value of each seed `[seeds]`, by name.
+      curve: environment steps `[T]` and values `[seeds, T]`.
+      value_name: what a value is.
+    """
+    rows = [(name, f"{value:.4f}", "", "") for name, value in references.items()]
+    for name, values in learned.items():
+        numbers = (values.mean(), values.std(), values.min())
+        rows.append((name, *(f"{number:.4f}" for number in numbers)))
+    num_seeds = len(next(iter(learned.values())))
+    columns = ("policy", value_name, f"± over\n{num_seeds} seeds", "worst\nseed")
+    print_table(title, columns, rows, footer=RESEARCH_ONLY)
+    figure = plotting.learning_curve(
+        *curve, references=references, title=title, ylabel=value_name, footer=RESEARCH_ONLY
+    )
+    plotting.save_figure(figure, path)
 
 
 def _words(name: str) -> str:

@@ -224,6 +224,18 @@ def test_update_stops_at_the_target_kl_and_freezes_everything(batch):
     assert resumed.step > after.step
 
 
+def test_update_stays_stopped_when_a_later_minibatch_is_below_the_target(batch):
+    """Half of the one-row minibatches exceed the target, in random order."""
+    kl = numpy_loss(CONFIG, NEW, batch)["kl"]
+    config = dataclasses.replace(
+        CONFIG, num_minibatches=NUM_ROWS, num_epochs=1, target_kl=float(np.median(kl))
+    )
+    optimizer = optax.set_to_zero()
+    update = jax.jit(partial(ppo.update, config, NETWORK, optimizer))
+    after, _ = update(jax.random.key(0), start(optimizer, NEW), batch)
+    assert after.step < 20  # 64 pass by themselves
+
+
 def test_make_optimizer_clips_by_global_norm():
     """Three steps of Adam in NumPy, of gradients above and below the limit."""
     config = dataclasses.replace(CONFIG, max_gradient_norm=0.5)
@@ -231,14 +243,15 @@ def test_make_optimizer_clips_by_global_norm():
     optimizer, mean, square = ppo.make_optimizer(config), np.zeros(3), np.zeros(3)
     params = (jnp.zeros(2), jnp.zeros(1))
     opt_state, num_steps = optimizer.init(params), 10 * 4 * 4
-    for step, gradient in enumerate(gradients):
-        flat = np.concatenate(gradient)
+    for step, leaves in enumerate(gradients):
+        flat = np.concatenate(leaves)
         flat *= min(1, 0.5 / np.linalg.norm(flat))
         mean, square = 0.9 * mean + 0.1 * flat, 0.999 * square + 0.001 * flat**2
         unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
         rate = config.learning_rate * (1 - step / num_steps)
         expected = -rate * unbiased[0] / (np.sqrt(unbiased[1]) + config.adam_epsilon)
-        updates, opt_state = optimizer.update(jax.tree.map(jnp.array, gradient), opt_state, params)
+        gradient = tuple(map(jnp.array, leaves))
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
         np.testing.assert_allclose(np.concatenate(jax.tree.leaves(updates)), expected, rtol=1e-4)
 
 
