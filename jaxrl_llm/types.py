@@ -72,17 +72,17 @@ class MDP:
           policy: action probabilities `[S, A]`, or one action a state `[S]` (integers).
         """
         if policy.ndim == 1:
-            return jnp.take_along_axis(self.transition, policy[:, None, None], axis=1)[:, 0]
+            return self.transition[jnp.arange(self.num_states), policy]
         return jnp.einsum("sa,sat->st", policy, self.transition)
 
     def restrict(self, policy: Array) -> MDP:
         """The process with one action a state, that of `policy` `[S]` (integers)."""
-        index = policy[:, None, None]
+        states = jnp.arange(self.num_states)
         return replace(
             self,
-            transition=jnp.take_along_axis(self.transition, index, axis=1),
-            reward=jnp.take_along_axis(self.reward, index, axis=1),
-            action_mask=jnp.take_along_axis(self.action_mask, index[..., 0], axis=1),
+            transition=self.transition[states, policy][:, None],
+            reward=self.reward[states, policy][:, None],
+            action_mask=self.action_mask[states, policy][:, None],
         )
 
 
@@ -142,14 +142,15 @@ class SuccessorMDP:
 
     def restrict(self, policy: Array) -> SuccessorMDP:
         """The process with one action a state, that of `policy` `[S]` (integers)."""
-        row = jnp.take_along_axis(self.row, policy[:, None], axis=1)[:, 0]
+        states = jnp.arange(self.num_states)
+        row = self.row[states, policy]
         return replace(
             self,
             successor=self.successor[row],
             probability=self.probability[row],
             reward=self.reward[row],
-            row=jnp.arange(self.num_states, dtype=self.row.dtype)[:, None],
-            action_mask=jnp.take_along_axis(self.action_mask, policy[:, None], axis=1),
+            row=states.astype(self.row.dtype)[:, None],
+            action_mask=self.action_mask[states, policy][:, None],
         )
 
 

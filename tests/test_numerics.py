@@ -153,3 +153,54 @@ def test_associative_scan_has_the_gradients_of_scan(x64):
 
 def test_reverse_recurrence_has_correct_gradients(x64):
     check_grads(partial(numerics.reverse_recurrence, pair), (random_steps(5),), order=1)
+
+
+# Permutations
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 100, 1000, 4096, 12345])
+def test_random_permutation_is_a_bijection(n):
+    permute = jax.jit(jax.vmap(partial(numerics.random_permutation, n=n)))
+    first, second = permute(jax.random.split(jax.random.key(0)))
+    assert first.dtype == jnp.int32
+    for permutation in (first, second):
+        np.testing.assert_array_equal(np.sort(permutation), np.arange(n))
+    if n >= 64:
+        assert (first == second).mean() < 0.1
+        assert (first == np.arange(n)).mean() < 0.1
+
+
+def test_random_permutation_jit_equals_eager_and_vmap_equals_a_loop():
+    permute = partial(numerics.random_permutation, n=100)
+    batched = jax.jit(jax.vmap(permute))(jax.random.split(jax.random.key(0), 3))
+    for index, key in enumerate(jax.random.split(jax.random.key(0), 3)):
+        np.testing.assert_array_equal(batched[index], permute(key))
+
+
+def permutations(n, num_keys=50_000):
+    keys = jax.random.split(jax.random.key(1), num_keys)
+    return np.array(jax.jit(jax.vmap(partial(numerics.random_permutation, n=n)))(keys))
+
+
+def chi_squared_excess(cells):
+    """Standard deviations by which counts of equally likely cells miss what chance gives."""
+    degrees, expected = cells.size - 1, cells.mean()
+    statistic = np.sum((cells - expected) ** 2) / expected
+    return (statistic - degrees) / np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("n", [5, 8, 10, 100])
+def test_random_permutation_sends_every_index_anywhere_equally_often(n):
+    samples = permutations(n)
+    for index in (0, 1, n // 2, n - 1):
+        assert chi_squared_excess(np.bincount(samples[:, index], minlength=n)) < 6
+    # A uniform permutation has 1 fixed point on average, with variance 1, whatever n.
+    assert abs((samples == np.arange(n)).sum(axis=1).mean() - 1) < 4 / np.sqrt(len(samples))
+
+
+@pytest.mark.parametrize("n", [5, 8, 10])
+def test_random_permutation_sends_every_pair_anywhere_equally_often(n):
+    samples = permutations(n)
+    for one, other in ((0, 1), (0, n // 2), (1, n - 1), (n - 2, n - 1)):
+        cells = np.bincount(samples[:, one] * n + samples[:, other], minlength=n * n)
+        assert chi_squared_excess(cells.reshape(n, n)[~np.eye(n, dtype=bool)]) < 6

@@ -166,7 +166,7 @@ def rounding_error(magnitude: Array) -> Array:
 def average(q: Array, policy: Array) -> Array:
     """E[q(s, a)] `[S]` under action probabilities `[S, A]` or one action a state `[S]`."""
     if policy.ndim == 1:
-        return jnp.take_along_axis(q, policy[:, None], axis=1)[:, 0]
+        return q[jnp.arange(policy.size), policy]
     return jnp.sum(policy * q, axis=-1)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jaxrl_llm.training import plotting
 from jaxrl_llm.training.evaluate import NUM_RESIDUALS, SolverRun
-from jaxrl_llm.types import MDP, Solution, SuccessorMDP
+from jaxrl_llm.types import MDP, Array, Solution, SuccessorMDP
 
 _ITERATIONS = "Iterations are sweeps or improvements, 0 if the first policy is already optimal."
 _PLAN = "Value: expected discounted reward from here on. Gap: what the second-best action loses."
@@ -85,7 +85,7 @@ def agreement(runs: Mapping[str, SolverRun]) -> str:
     num_different = int(np.any(policies != policies[0], axis=0).sum())
     if not num_different:
         return f"All {len(runs)} solvers choose the same action in every state; {distance}."
-    q = min(runs.values(), key=lambda run: run.solution.residual).solution.q
+    q = np.asarray(min(runs.values(), key=lambda run: run.solution.residual).solution.q)
     worth = np.ptp(np.take_along_axis(q, policies.T, axis=1), axis=1).max()
     return (
         f"The solvers choose DIFFERENT actions in {num_different} of {values.shape[1]} states, "
@@ -148,7 +148,7 @@ def show_plan(
 def show_learning(
     path: Path,
     title: str,
-    references: Mapping[str, float],
+    references: Mapping[str, float | Array],
     learned: Mapping[str, NDArray[np.floating]],
     curve: tuple[NDArray[np.integer], NDArray[np.floating]],
     *,
@@ -164,15 +164,16 @@ def show_learning(
       curve: environment steps `[T]` and values `[seeds, T]`.
       value_name: what a value is.
     """
-    rows = [(name, f"{value:.4f}", "", "") for name, value in references.items()]
+    levels = {name: float(value) for name, value in references.items()}
+    rows = [(name, f"{level:.4f}", "", "") for name, level in levels.items()]
     for name, values in learned.items():
-        numbers = (values.mean(), values.std(), values.min())
-        rows.append((name, *(f"{number:.4f}" for number in numbers)))
+        mean, deviation, worst = values.mean(), values.std(), values.min()
+        rows.append((name, f"{mean:.4f}", f"{deviation:.4f}", f"{worst:.4f}"))
     num_seeds = len(next(iter(learned.values())))
     columns = ("policy", value_name, f"± over\n{num_seeds} seeds", "worst\nseed")
     print_table(title, columns, rows, footer=RESEARCH_ONLY)
     figure = plotting.learning_curve(
-        *curve, references=references, title=title, ylabel=value_name, footer=RESEARCH_ONLY
+        *curve, references=levels, title=title, ylabel=value_name, footer=RESEARCH_ONLY
     )
     plotting.save_figure(figure, path)
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -36,7 +37,8 @@ def tables(output: str) -> list[str]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[plan_treatment.Config, dict[str, float]]:
     config = plan_treatment.Config(
-        output_dir=tmp_path_factory.mktemp("small"), problems=tuple(SMALL)
+        output_dir=tmp_path_factory.mktemp("small"),
+        problems=("treatment", "diabetes", "sepsis_management"),
     )
     return config, plan_treatment.main(config)
 
@@ -82,7 +84,9 @@ def test_main_resumed_prints_the_same_and_solves_nothing(small, monkeypatch, cap
     assert output.count(report.RESEARCH_ONLY) == 6
     # The rows of the plan of treatment: state, action, value and margin, from the oracle.
     mdp = oracles.treatment_mdp()
-    q = mdp.expected_reward() + mdp.discount * mdp.expect(oracles.TREATMENT_VALUE)
+    q = mdp.expected_reward() + mdp.discount * mdp.expect(
+        jnp.asarray(oracles.TREATMENT_VALUE, jnp.float32)
+    )
     ordered = np.sort(q, axis=1)
     rows = [line.split() for line in tables(output) if line.startswith(("Critical", "Recovered"))]
     for row, state, action in zip(rows, (0, 4), ("Surgery", "Conservative"), strict=True):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"] or "",
     }
     command = [sys.executable, "-m", "experiments.ppo_icu_sepsis", *arguments]
     return subprocess.Popen(
@@ -65,7 +66,7 @@ def run_folder(output_dir: Path) -> Path:
 
 def final_state(folder: Path):
     """The state of the newest checkpoint, and its step."""
-    network = TabularActorCritic(716, 25)
+    network: Any = TabularActorCritic(716, 25)
     algorithm = loop.over_seeds(ppo.make(TINY, icu_sepsis.make(), network), 2)
     target = jax.eval_shape(algorithm.init, jax.random.key(0))
     state, step, _ = checkpoint.restore(folder / "checkpoints", target)
@@ -102,9 +103,8 @@ def test_main_writes_its_folder_and_returns_survival_beside_what_is_known(tmp_pa
     for name, oracle in known.items():
         np.testing.assert_allclose(result[name], oracles.ICU_SEPSIS_RETURN[oracle], atol=6e-5)
     # Four tiny iterations learn next to nothing.
-    for kind in ("greedy", "stochastic"):
-        assert abs(result[f"{kind}_mean"] - result["random"]) < 0.03
-        assert 0 <= result[f"{kind}_std"] < 0.03
+    for mean in (result["greedy_mean"], result["stochastic_mean"]):
+        assert abs(mean - result["random"]) < 0.03
     folder = run_folder(tmp_path)
     names = {"config.json", "metrics.jsonl", "result.json", "learning_curve.png", "policy.png"}
     found = {path.name for path in folder.iterdir()}
@@ -113,10 +113,11 @@ def test_main_writes_its_folder_and_returns_survival_beside_what_is_known(tmp_pa
     assert logging.read_config(folder, ppo_icu_sepsis.Config) == config
     lines = logging.read_metrics(folder)
     assert [line["step"] for line in lines] == [2, 4]
-    last = np.array([lines[-1]["greedy"], lines[-1]["stochastic"]])
-    np.testing.assert_allclose(
-        last.mean(axis=1), [result["greedy_mean"], result["stochastic_mean"]], rtol=1e-6
-    )
+    greedy, stochastic = np.array([lines[-1]["greedy"], lines[-1]["stochastic"]])
+    expected = {"greedy_mean": greedy.mean(), "greedy_std": greedy.std()}
+    expected |= {"greedy_min": greedy.min(), "stochastic_mean": stochastic.mean()}
+    for name, value in expected.items():
+        np.testing.assert_allclose(result[name], value, atol=1e-6)
     assert steps(folder) == [4]
     output = capsys.readouterr().out
     assert output.startswith(f"ppo_icu_sepsis: writing {folder}\n")
@@ -158,12 +159,11 @@ def killed(tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("killed")
     process = start([*FLAGS, "--output-dir", str(output_dir)])
     while process.poll() is None:
-        folder = next(output_dir.glob("ppo_icu_sepsis/*"), None)
-        sealed = [] if folder is None else steps(folder)
-        if len(sealed) > 1 and logging.read_metrics(folder)[-1]["step"] > sealed[-1]:
-            break
+        for folder in output_dir.glob("ppo_icu_sepsis/*"):
+            sealed = steps(folder)
+            if len(sealed) > 1 and logging.read_metrics(folder)[-1]["step"] > sealed[-1]:
+                process.kill()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
     process.communicate()
     folder = run_folder(output_dir)
     assert process.returncode == -signal.SIGKILL

@@ -143,7 +143,7 @@ def test_open_run_error_when_the_configuration_is_damaged(config):
 def test_train_config_validate_names_the_field(name):
     Config().validate()
     with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least 1$"):
-        Config(**{name: 0}).validate()
+        replace(Config(), **{name: 0}).validate()
 
 
 def test_train_gives_each_seed_its_own_walk(config):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -39,16 +41,17 @@ def mdp(**changes):
     return make_mdp(np.array(law), np.array([[7.5, 1.0], [0.0, 0.0]]), 0.9, **settings)
 
 
-def solution(q, policy) -> Solution:
-    q, policy = np.array(q, float), np.array(policy, np.int32)
-    return Solution(
-        value=q[np.arange(len(q)), policy],
-        q=q,
-        policy=policy,
-        iterations=np.int32(3),
-        residual=np.float64(0),
-        converged=np.bool_(True),
+def solution(q: list[list[float]], policy: list[int]) -> Solution:
+    value = [row[action] for row, action in zip(q, policy, strict=True)]
+    leaves = Solution(
+        value=jnp.array(value),
+        q=jnp.array(q),
+        policy=jnp.array(policy),
+        iterations=jnp.int32(3),
+        residual=jnp.float32(0),
+        converged=jnp.bool_(True),
     )
+    return jax.device_get(leaves)
 
 
 def printed(capsys) -> list[str]:
@@ -111,10 +114,11 @@ def test_show_solvers_prints_a_row_a_solver(capsys, terminal, tmp_path, runs, wi
     assert max(map(len, lines)) <= width
     rows = [line for line in lines if "yes" in line]
     for row, (name, run) in zip(rows, runs.items(), strict=True):
-        number = str(run.solution.iterations)
         assert row.startswith(name.split("_")[0])
         # Staying is worth 1 / (1 - 0.9), and no episode begins in the terminal state.
-        assert row.split()[-7 + 1 : -3] == ["10.0000", number, row.split()[-4]][:3]
+        value, iterations, residual, converged, *_ = row.split()[-6:]
+        assert (value, iterations, converged) == ("10.0000", f"{run.solution.iterations}", "yes")
+        assert float(residual) <= 1e-9
     assert not any("…" in line for line in lines)
     assert "All 4 solvers choose the same action in every state" in " ".join(lines)
     assert imread(tmp_path / "leave_convergence.png").ndim == 3
@@ -171,8 +175,32 @@ def test_show_plan_of_many_states_is_a_picture_only(capsys, tmp_path):
     size = 60
     law = np.ones((size, 2, size)) / size
     large = make_mdp(law, 0.0, 0.9)
-    found = solution(np.zeros((size, 2)), np.zeros(size))
+    found = solution([[0.0, 0.0]] * size, [0] * size)
     names = [f"state {index}" for index in range(size)], ("wait", "operate")
     report.show_plan(tmp_path / "x", "Large", large, found, *names, value_name="survival")
     assert printed(capsys) == []
     assert imread(tmp_path / "x_policy.png").ndim == 3
+
+
+def test_show_learning_prints_references_then_mean_deviation_and_worst(capsys, tmp_path):
+    learned = {"PPO, greedy": np.array([0.8, 0.9, 0.85]), "PPO": np.array([0.7, 0.7, 0.7])}
+    curve = np.array([100, 200]), np.array([[0.7, 0.8], [0.7, 0.9], [0.7, 0.85]])
+    report.show_learning(
+        tmp_path / "curve.png",
+        "PPO on a problem",
+        {"random": 0.25, "optimum": 0.875},
+        learned,
+        curve,
+        value_name="survival",
+    )
+    lines = printed(capsys)
+    assert (lines[1], lines[-1]) == ("PPO on a problem", report.RESEARCH_ONLY)
+    rows = [re.split(r" {2,}", line) for line in lines[5:-2]]
+    deviation = np.sqrt(0.05**2 * 2 / 3)
+    assert rows == [
+        ["random", "0.2500"],
+        ["optimum", "0.8750"],
+        ["PPO, greedy", "0.8500", f"{deviation:.4f}", "0.8000"],
+        ["PPO", "0.7000", "0.0000", "0.7000"],
+    ]
+    assert imread(tmp_path / "curve.png").ndim == 3
