@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def _icu_sepsis() -> Iterable[Case]:
     """The same sparse problem for both, with all 25 actions and with the admissible ones."""
     with jax.enable_x64(True):
         masked = bellman.successor_form(icu_sepsis.mdp(discount=DISCOUNT))
-        free = masked.replace(action_mask=jnp.ones_like(masked.action_mask))
+        free = dataclasses.replace(masked, action_mask=jnp.ones_like(masked.action_mask))
     for name, problem in (("all-actions", free), ("admissible", masked)):
         yield Case(
             name=f"icu-sepsis-{name}-float64",
@@ -57,13 +58,12 @@ def _dense() -> Iterable[Case]:
         problem = _random_problems(1, 1000, 10, np.float64)
         problem = jax.tree.map(lambda leaf: leaf[0], problem)
     transition_bytes = problem.transition.nbytes
-    for solver, method in (
-        (bellman.value_iteration, "value_iteration"),
-        (bellman.modified_policy_iteration, "modified_policy_iteration"),
-    ):
+    methods: list[Literal["value_iteration", "modified_policy_iteration"]]
+    methods = ["value_iteration", "modified_policy_iteration"]
+    for method in methods:
         yield Case(
             name=f"dense-1000x10-{method.replace('_', '-')}-float64",
-            function=_in_float64(partial(solver, tolerance=TOLERANCE)),
+            function=_in_float64(partial(getattr(bellman, method), tolerance=TOLERANCE)),
             arguments=(problem,),
             items=1,
             unit="solutions",

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,7 +35,6 @@ from jaxrl_llm.types import (
     PyTree,
     TrainState,
 )
-
 
 _LOSS_PARTS = ("policy_loss", "value_loss", "entropy", "kl")
 
@@ -102,16 +102,6 @@ class Config:
             raise ValueError(f"num_minibatches is {self.num_minibatches}; it must divide {batch}")
 
 
-class Network(Protocol):
-    """A Flax module of `nn.heads`: observation -> masked logits `[..., A]` and value `[...]`."""
-
-    def init(self, rngs: Key, observation: Array, /) -> PyTree: ...
-
-    def apply(
-        self, variables: PyTree, observation: Array, /, *, action_mask: Array | None
-    ) -> tuple[Array, Array]: ...
-
-
 @struct.dataclass(kw_only=True)
 class State:
     """A learner under way: its parameters, and the environments `[B]` it is acting in."""
@@ -132,8 +122,16 @@ class Batch:
     advantage: Array
 
 
+def forward(
+    network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
+) -> tuple[Array, Array]:
+    """Masked logits `[..., A]` and value `[...]`."""
+    outputs: Any = network.apply(params, observation, action_mask=action_mask)
+    return outputs
+
+
 def collect(
-    config: Config, environment: Environment, network: Network, key: Key, state: State
+    config: Config, environment: Environment, network: nn.Module, key: Key, state: State
 ) -> tuple[core.Running, Batch, dict[str, Mean]]:
     """Acts for `num_steps` steps and estimates advantages.
 
@@ -148,7 +146,7 @@ def collect(
     def policy(
         uniform: Array, observation: Array, action_mask: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        logits, _ = network.apply(params, observation, action_mask=action_mask)
+        logits, _ = forward(network, params, observation, action_mask)
         return jax.vmap(policy_gradient.sample_action)(logits, uniform), {}
 
     running, steps = core.rollout(
@@ -160,8 +158,8 @@ def collect(
         noise=jax.random.uniform(action_key, (config.num_steps, config.num_environments)),
     )
     action_mask = steps.extras.get("action_mask")
-    logits, value = network.apply(params, steps.observation, action_mask=action_mask)
-    _, next_value = network.apply(params, steps.next_observation, action_mask=None)
+    logits, value = forward(network, params, steps.observation, action_mask)
+    _, next_value = forward(network, params, steps.next_observation, None)
     estimate = jax.vmap(partial(returns.gae, lambda_=config.gae_lambda), in_axes=1, out_axes=1)
     ended = steps.terminated | steps.truncated
     advantage = estimate(
@@ -185,10 +183,10 @@ def collect(
 
 
 def loss(
-    config: Config, network: Network, params: PyTree, batch: Batch
+    config: Config, network: nn.Module, params: PyTree, batch: Batch
 ) -> tuple[Array, dict[str, Mean]]:
     """The mean loss of a minibatch, and its parts."""
-    logits, value = network.apply(params, batch.observation, action_mask=batch.action_mask)
+    logits, value = forward(network, params, batch.observation, batch.action_mask)
     log_policy = jax.vmap(policy_gradient.log_policy)(logits)
     log_probability = jax.vmap(policy_gradient.log_probability)(log_policy, batch.action)
     advantage = batch.advantage
@@ -220,7 +218,7 @@ def loss(
 
 def update(
     config: Config,
-    network: Network,
+    network: nn.Module,
     optimizer: optax.GradientTransformation,
     key: Key,
     train: TrainState,
@@ -246,7 +244,7 @@ def update(
         train, stopped = carry
         updated, totals = minibatch_step(train, rows)
         kl = totals[_LOSS_PARTS.index("kl")] / rows.size
-        stopped = stopped | (kl > config.target_kl)
+        stopped = stopped | (kl > jnp.asarray(config.target_kl))
         return (jax.tree.map(partial(jnp.where, stopped), train, updated), stopped), totals
 
     def shuffled(key: Key) -> Array:
@@ -263,13 +261,14 @@ def update(
     return train, {name: Mean(total=total, weight=weight) for name, total in sums}
 
 
-def make(config: Config, environment: Environment, network: Network) -> Algorithm:
+def make(config: Config, environment: Environment, network: nn.Module) -> Algorithm:
     """PPO on `environment` with `network`.
 
     Args:
       config: validated here.
       environment: with discrete actions; its `action_mask`, where it has one, is always obeyed.
-      network: such as `nn.heads.ActorCritic` or `nn.heads.TabularActorCritic`.
+      network: a Flax module `(observation, *, action_mask) -> (logits [..., A], value [...])`, its
+        logits masked, such as `nn.heads.ActorCritic` or `nn.heads.TabularActorCritic`.
 
     Returns:
       An `Algorithm` whose state is a `State` and whose step is one iteration.

@@ -10,7 +10,9 @@ hand it to them as the logits. XLA merges the repeated normalisation either way.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 
 import chex
 import jax
@@ -86,7 +88,8 @@ def sample_action(logits: Array, uniform: Array, mask: Array | None = None) -> A
     # Unrolled over the actions, so that a batch is one fused loop; `jnp.cumsum` would be several.
     cumulative = list(itertools.accumulate(mass))
     threshold = uniform * cumulative[-1]
-    return sum((total <= threshold).astype(jnp.int32) for total in cumulative)
+    passed = [(total <= threshold).astype(jnp.int32) for total in cumulative]
+    return functools.reduce(operator.add, passed)
 
 
 def entropy(logits: Array, mask: Array | None = None) -> Array:

@@ -34,7 +34,7 @@ _INK, _GREY, _PALE = "#222222", "#666666", "#DDDDDD"
 _FONT, _SMALL = 10.0, 8.5  # points
 _MAX_NUMBERED_CELLS = 200
 _MAX_SHARP_ROWS = 1_000  # more have less than a pixel each, and are averaged
-_NAME_CHARACTERS = 24
+_NAME_CHARACTERS = 32
 _ROUND_NUMBERS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
 
 

@@ -65,7 +65,7 @@ def collect(environment, network):
 @pytest.fixture(scope="module")
 def state(algorithm):
     """A learner at random parameters; its rollouts cut episodes, whose length is 7."""
-    fresh = algorithm.init(jax.random.key(0))
+    fresh = jax.jit(algorithm.init)(jax.random.key(0))
     return fresh.replace(
         train=fresh.train.replace(params=random_tables(0, NUM_STATES, NUM_ACTIONS))
     )
@@ -140,7 +140,7 @@ def test_step_learns_the_optimal_treatment_whatever_the_seed():
     seeds = jax.random.split(jax.random.key(0), 4)
     learned = by_vmap(partial(train, algorithm, config.num_iterations), seeds)
     logits = learned.train.params["params"]["policy"]["table"]
-    evaluate = jax.vmap(partial(bellman.policy_evaluation, oracles.treatment_mdp()))
+    evaluate = jax.jit(jax.vmap(partial(bellman.policy_evaluation, oracles.treatment_mdp())))
     greedy, stochastic = evaluate(jnp.argmax(logits, axis=-1)), evaluate(jax.nn.softmax(logits))
     optimum = np.broadcast_to(oracles.TREATMENT_VALUE, (4, 5))
     np.testing.assert_allclose(greedy.value, optimum, atol=1e-3)
@@ -182,7 +182,7 @@ def test_collect_gives_the_golden_advantages(cut, advantage):
     """The observation before the reset is worth 2, the one after it .7."""
     config = ppo.Config(num_environments=1, num_steps=4, gamma=0.9, gae_lambda=0.8)
     environment, network = golden_environment(cut), TabularActorCritic(6, 2)
-    fresh = ppo.make(config, environment, network).init(jax.random.key(0))
+    fresh = jax.jit(ppo.make(config, environment, network).init)(jax.random.key(0))
     params = tables(np.zeros((6, 2)), [0.5, 0.6, 0.7, 0.8, 0.9, 2.0])
     first = jnp.zeros(1, jnp.int32)
     running = fresh.running.replace(state=first, observation=first)
@@ -214,7 +214,7 @@ def one_step_episodes():
     """Parameters of an MLP and a batch that they collected, one step an episode."""
     probe, network = probes.ACTION_AND_OBSERVATION, ActorCritic(num_actions=probes.NUM_ACTIONS)
     config = ppo.Config(num_environments=5, num_steps=8)
-    state = ppo.make(config, probe.environment, network).init(jax.random.key(0))
+    state = jax.jit(ppo.make(config, probe.environment, network).init)(jax.random.key(0))
     collect = jax.jit(partial(ppo.collect, config, probe.environment, network))
     return network, state.train.params, collect(jax.random.key(1), state)[1]
 
@@ -250,7 +250,7 @@ def test_masked_actions_are_never_taken_and_their_logits_never_move(
     state = state.replace(train=state.train.replace(params=wish))
     _, batch, _ = collect(jax.random.key(2), state)
     assert allowed[np.array(batch.observation), np.array(batch.action)].all()
-    gradient = jax.grad(partial(ppo.loss, CONFIG, network), has_aux=True)(wish, batch)[0]
+    gradient = jax.jit(jax.grad(partial(ppo.loss, CONFIG, network), has_aux=True))(wish, batch)[0]
     table = np.array(gradient["params"]["policy"]["table"])
     assert not table[~allowed].any()
     assert table[allowed].any()

@@ -96,7 +96,7 @@ def test_sample_action_of_extreme_logits(logits, expected):
 
 
 def test_sample_action_of_bfloat16_logits_is_as_exact_as_of_float32():
-    """A running sum of 25 masses in bfloat16 would miss by a tenth, and even leave the range."""
+    """A running sum in bfloat16 would lose unlikely actions, and even return 25."""
     logits = jnp.array(random_logits(25), jnp.bfloat16)
     grid = jnp.append((jnp.arange(100_000) + 0.5) / 100_000, BELOW_ONE)
     np.testing.assert_array_equal(draw(logits, grid), draw(logits.astype(jnp.float32), grid))
