@@ -4,11 +4,20 @@ import json
 import sys
 import types
 
+import jax
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import harness, machine
 from benchmarks.harness import Case
+
+LIMITS = machine.Limits(
+    cached_bytes=50e9,
+    streamed_bytes=25e9,
+    written_bytes=5e9,
+    float32_flops=200e9,
+    float64_flops=None,
+)
 
 
 @pytest.fixture
