@@ -112,7 +112,8 @@ def random_permutation(key: Key, n: int) -> Array:
       from Black & Rogaway (2002), "Ciphers with arbitrary finite domains". The round function is
       a multiply-xorshift hash: statistically mixed, not cryptographic.
     """
-    num_bits = max((n - 1).bit_length(), 2)
+    # Fewer bits than 8 leave the rounds too few round functions to choose from to be uniform.
+    num_bits = max((n - 1).bit_length(), 8)
     right_bits = num_bits // 2
     left_bits = num_bits - right_bits
     round_keys = jax.random.bits(key, (6,), jnp.uint32)

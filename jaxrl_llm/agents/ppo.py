@@ -48,7 +48,7 @@ class Config:
     num_steps: int = 128
     """Steps in each environment per iteration."""
     num_iterations: int = 976
-    """Iterations until the learning rate reaches 0."""
+    """Iterations until the learning rate reaches `final_learning_rate`."""
     num_epochs: int = 4
     """Passes over each batch."""
     num_minibatches: int = 4
@@ -76,7 +76,7 @@ class Config:
     whiten_advantages: bool = True
     """Standardise the advantages of each minibatch."""
     target_kl: float | None = None
-    """Skip the rest of an iteration's updates once KL(old || new) exceeds this; None never does."""
+    """Skip an iteration's updates from the one that measures KL(old || new) above this; None never."""
 
     @property
     def batch_size(self) -> int:

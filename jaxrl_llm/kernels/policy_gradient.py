@@ -72,7 +72,8 @@ def log_probability(logits: Array, action: Array, mask: Array | None = None) -> 
 def sample_action(logits: Array, uniform: Array, mask: Array | None = None) -> Array:
     """The action that a uniform number draws by inversion: the first whose cumulative mass tops it.
 
-    One random number an action, where the Gumbel trick takes one for each of its `A` logits.
+    One random number an action, where the Gumbel trick takes one for each of its `A` logits. For
+    tens of actions: the program grows with `A`, so a vocabulary wants another sampler.
 
     Args:
       logits: `[A]`.
@@ -84,6 +85,8 @@ def sample_action(logits: Array, uniform: Array, mask: Array | None = None) -> A
     """
     chex.assert_rank(logits, 1)
     logits = logits if mask is None else masked_logits(logits, mask)
+    # A cumulative sum in half precision would lose unlikely actions, or run past the last one.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     mass = jnp.exp(logits - jnp.max(logits))
     # Unrolled over the actions, so that a batch is one fused loop; `jnp.cumsum` would be several.
     cumulative = list(itertools.accumulate(mass))

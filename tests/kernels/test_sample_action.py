@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from jaxrl_llm.kernels import policy_gradient
 
@@ -17,7 +18,7 @@ def random_logits(*shape):
     return np.random.default_rng(len(shape)).normal(scale=2.0, size=shape).astype(np.float32)
 
 
-def probability(logits, mask=True):
+def probability(logits, mask: ArrayLike = True):
     weight = np.where(mask, np.exp(np.float64(logits) - np.max(logits)), 0)
     return weight / weight.sum(axis=-1, keepdims=True)
 
@@ -39,7 +40,7 @@ def test_sample_action_of_a_grid_has_the_frequencies_of_the_softmax(num_actions,
 
 def test_sample_action_of_random_numbers_passes_a_chi_squared_test():
     logits, num_draws = random_logits(8), 200_000
-    actions = draw(jnp.array(logits), jax.random.uniform(jax.random.key(0), num_draws))
+    actions = draw(jnp.array(logits), jax.random.uniform(jax.random.key(0), (num_draws,)))
     expected = num_draws * probability(logits)
     statistic = np.sum((num_draws * frequency(actions, 8) - expected) ** 2 / expected)
     assert statistic < 24.3  # 7 degrees of freedom: exceeded by chance once in a thousand
@@ -73,7 +74,7 @@ def test_sample_action_never_draws_a_masked_action_at_any_edge(num_actions):
 
 def test_sample_action_with_a_mask_equals_that_of_the_subset():
     logits, mask = random_logits(9), np.arange(9) % 2 == 1
-    uniform = jax.random.uniform(jax.random.key(0), 1000)
+    uniform = jax.random.uniform(jax.random.key(0), (1000,))
     subset = draw(jnp.array(logits[mask]), uniform)
     actual = draw_masked(jnp.array(logits), uniform, jnp.array(mask))
     np.testing.assert_array_equal(actual, np.flatnonzero(mask)[np.array(subset)])
@@ -110,7 +111,7 @@ def test_sample_action_ignores_nan_where_masked():
 def test_sample_action_batched_equals_one_by_one():
     logits = jnp.array(random_logits(6, 5))
     mask = jnp.array(np.random.default_rng(1).random((6, 5)) < 0.6).at[:, 2].set(True)
-    uniform = jax.random.uniform(jax.random.key(0), 6)
+    uniform = jax.random.uniform(jax.random.key(0), (6,))
     batched = draw_each(logits, uniform, mask)
     assert batched.dtype == jnp.int32
     for index in range(6):
