@@ -50,7 +50,8 @@ def _case(
 
 def final_return(algorithm: Algorithm, config: ppo.Config, num_seeds: int, key: Key) -> Array:
     """The mean return `[seeds]` of the episodes that ended in the last iterations of a training."""
-    learners = loop.over_seeds(algorithm, num_seeds)
+    # One seed needs no axis of seeds, and matrix products with one are slower.
+    learners = algorithm if num_seeds == 1 else loop.over_seeds(algorithm, num_seeds)
     init_key, step_key = jax.random.split(key)
 
     def body(state: Any, step: Array) -> tuple[Any, Any]:

@@ -6,12 +6,13 @@ passes over the shuffled batch. Read it from the top: `collect`, `loss`, `update
 
 Source: Schulman et al. (2017), "Proximal Policy Optimization Algorithms", arXiv:1707.06347, with
   the details of Huang et al. (2022), "The 37 implementation details of PPO". Differences: a
-  timeout bootstraps from the state it cut short, and log-probabilities and values are computed
-  once for the whole batch after the rollout, by the same call that the first minibatch makes.
+  timeout bootstraps from the state it cut short, and values are computed once for the whole batch
+  after the rollout.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 from jaxrl_llm import checks, numerics
 from jaxrl_llm.envs import core
@@ -76,7 +78,7 @@ class Config:
     whiten_advantages: bool = True
     """Standardise the advantages of each minibatch."""
     target_kl: float | None = None
-    """Skip an iteration's updates from the one that measures KL(old || new) above this; None never."""
+    """Skip an iteration's updates from the first whose KL(old || new) exceeds this; None never."""
 
     @property
     def batch_size(self) -> int:
@@ -147,7 +149,7 @@ def collect(
         uniform: Array, observation: Array, action_mask: Array | None
     ) -> tuple[Array, dict[str, Array]]:
         logits, _ = forward(network, params, observation, action_mask)
-        return jax.vmap(policy_gradient.sample_action)(logits, uniform), {}
+        return jax.vmap(policy_gradient.sample_action)(logits, uniform), {"logits": logits}
 
     running, steps = core.rollout(
         environment,
@@ -158,7 +160,7 @@ def collect(
         noise=jax.random.uniform(action_key, (config.num_steps, config.num_environments)),
     )
     action_mask = steps.extras.get("action_mask")
-    logits, value = forward(network, params, steps.observation, action_mask)
+    _, value = forward(network, params, steps.observation, None)
     _, next_value = forward(network, params, steps.next_observation, None)
     estimate = jax.vmap(partial(returns.gae, lambda_=config.gae_lambda), in_axes=1, out_axes=1)
     ended = steps.terminated | steps.truncated
@@ -170,7 +172,7 @@ def collect(
         observation=steps.observation,
         action=steps.action,
         action_mask=action_mask,
-        log_probability=by_step(logits, steps.action),
+        log_probability=by_step(steps.extras["logits"], steps.action),
         value=value,
         advantage=advantage,
     )
@@ -224,17 +226,21 @@ def update(
     train: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """`num_epochs` passes over the batch, in minibatches shuffled anew for each pass."""
+    """`num_epochs` passes over the batch, in minibatches shuffled anew for each pass.
+
+    Inside the passes the parameters are one flat vector and the metrics one array: XLA's CPU
+    runtime hands small independent operations to another thread, which costs more than most of
+    them take, and a fifth of the whole for networks of this size.
+    """
+    flat, unravel = ravel_pytree(train.params)
 
     def minibatch_step(train: TrainState, rows: Array) -> tuple[TrainState, Array]:
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
-        gradient, metrics = jax.grad(partial(loss, config, network), has_aux=True)(
-            train.params, minibatch
-        )
+        gradient, metrics = jax.grad(
+            lambda flat: loss(config, network, unravel(flat), minibatch), has_aux=True
+        )(train.params)
         updates, opt_state = optimizer.update(gradient, train.opt_state, train.params)
         params = optax.apply_updates(train.params, updates)
-        # One array out of the scan: for several small ones XLA's CPU runtime wakes a thread each,
-        # which costs a third of the step.
         totals = jnp.stack([metrics[name].total for name in _LOSS_PARTS])
         return TrainState(params=params, opt_state=opt_state, step=train.step + 1), totals
 
@@ -252,10 +258,12 @@ def update(
 
     rows = jax.vmap(shuffled)(jax.random.split(key, config.num_epochs))
     rows = rows.reshape(config.num_epochs * config.num_minibatches, -1)
+    train = dataclasses.replace(train, params=flat)
     if config.target_kl is None:
         train, totals = jax.lax.scan(minibatch_step, train, rows)
     else:
         (train, _), totals = jax.lax.scan(guarded_step, (train, jnp.bool_(False)), rows)
+    train = dataclasses.replace(train, params=unravel(train.params))
     weight = jnp.float32(rows.size)
     sums = zip(_LOSS_PARTS, jnp.sum(totals, axis=0), strict=True)
     return train, {name: Mean(total=total, weight=weight) for name, total in sums}
@@ -280,34 +288,41 @@ def make(config: Config, environment: Environment, network: nn.Module) -> Algori
     if not isinstance(environment.action_space, Discrete):
         space = type(environment.action_space).__name__
         raise ValueError(f"environment.action_space is a {space}; ppo takes Discrete actions")
-    optimizer = make_optimizer(config)
 
     def init(key: Key) -> State:
         network_key, environment_key = jax.random.split(key)
         params = network.init(network_key, core.example(environment.observation_space))
-        train = TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+        opt_state = make_optimizer(config, config.learning_rate).init(params)
+        train = TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
         running = core.start_batch(environment, environment_key, config.num_environments)
         return State(train=train, running=running)
 
     def step(key: Key, state: State) -> tuple[State, dict[str, Mean]]:
         collect_key, update_key = jax.random.split(key)
         running, batch, episodes = collect(config, environment, network, collect_key, state)
+        optimizer = make_optimizer(config, learning_rate(config, state.train.step))
         train, losses = update(config, network, optimizer, update_key, state.train, batch)
         return State(train=train, running=running), {**episodes, **losses}
 
     return Algorithm(init=init, step=step)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam with global-norm clipping and a linear schedule, over one flat vector of parameters."""
-    schedule = optax.linear_schedule(
-        config.learning_rate,
-        config.final_learning_rate,
-        config.num_iterations * config.num_epochs * config.num_minibatches,
-    )
+def make_optimizer(config: Config, learning_rate: float | Array) -> optax.GradientTransformation:
+    """Adam after clipping by the global norm, its moments one flat vector."""
     return optax.flatten(
         optax.chain(
             optax.clip_by_global_norm(config.max_gradient_norm),
-            optax.adam(schedule, eps=config.adam_epsilon),
+            optax.adam(learning_rate, eps=config.adam_epsilon),
         )
     )
+
+
+def learning_rate(config: Config, step: Array) -> Array:
+    """The rate `[]` of the iteration to which optimiser step `step` `[]` belongs.
+
+    It is constant within an iteration and falls linearly from one to the next.
+    """
+    schedule = optax.linear_schedule(
+        config.learning_rate, config.final_learning_rate, config.num_iterations
+    )
+    return jnp.asarray(schedule(step // (config.num_epochs * config.num_minibatches)))

@@ -193,7 +193,7 @@ def test_update_whitens_each_minibatch_by_itself(batch):
 
 def test_update_stops_at_the_target_kl_and_freezes_everything(batch):
     config = dataclasses.replace(CONFIG, num_minibatches=1, num_epochs=6, learning_rate=0.1)
-    optimizer = ppo.make_optimizer(config)
+    optimizer = ppo.make_optimizer(config, config.learning_rate)
     train = start(optimizer, OLD)
 
     @jax.jit
@@ -240,30 +240,24 @@ def test_make_optimizer_clips_by_global_norm():
     """Three steps of Adam in NumPy, of gradients above and below the limit."""
     config = dataclasses.replace(CONFIG, max_gradient_norm=0.5)
     gradients = [([3.0, 0.1], [-4.0]), ([0.1, 0.2], [0.0]), ([-5.0, 0.3], [12.0])]
-    optimizer, mean, square = ppo.make_optimizer(config), np.zeros(3), np.zeros(3)
+    optimizer, mean, square = ppo.make_optimizer(config, 0.02), np.zeros(3), np.zeros(3)
     params = (jnp.zeros(2), jnp.zeros(1))
-    opt_state, num_steps = optimizer.init(params), 10 * 4 * 4
+    opt_state = optimizer.init(params)
     for step, leaves in enumerate(gradients):
         flat = np.concatenate(leaves)
         flat *= min(1, 0.5 / np.linalg.norm(flat))
         mean, square = 0.9 * mean + 0.1 * flat, 0.999 * square + 0.001 * flat**2
         unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
-        rate = config.learning_rate * (1 - step / num_steps)
-        expected = -rate * unbiased[0] / (np.sqrt(unbiased[1]) + config.adam_epsilon)
+        expected = -0.02 * unbiased[0] / (np.sqrt(unbiased[1]) + config.adam_epsilon)
         gradient = tuple(map(jnp.array, leaves))
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         np.testing.assert_allclose(np.concatenate(jax.tree.leaves(updates)), expected, rtol=1e-4)
 
 
-def test_make_optimizer_reaches_the_final_learning_rate_after_the_last_iteration():
+def test_learning_rate_is_constant_within_an_iteration_and_reaches_the_final_one():
     config = dataclasses.replace(CONFIG, learning_rate=0.02, final_learning_rate=0.005)
-    num_steps = config.num_iterations * config.num_epochs * config.num_minibatches
-    optimizer, gradient = ppo.make_optimizer(config), jnp.array([0.3])
-
-    def body(opt_state, _):
-        updates, opt_state = optimizer.update(gradient, opt_state, gradient)
-        return opt_state, optax.tree.norm(updates)
-
-    rates = jax.lax.scan(body, optimizer.init(gradient), length=num_steps + 5)[1]
-    expected = np.append(np.linspace(0.02, 0.005, num_steps + 1), np.full(4, 0.005))
-    np.testing.assert_allclose(rates, expected, rtol=1e-3)  # a steady gradient moves by the rate
+    per_iteration = config.num_epochs * config.num_minibatches
+    iteration = np.arange(config.num_iterations + 3).repeat(per_iteration)
+    rates = jax.vmap(partial(ppo.learning_rate, config))(jnp.arange(iteration.size))
+    progress = np.minimum(iteration / config.num_iterations, 1)
+    np.testing.assert_allclose(rates, 0.02 + progress * (0.005 - 0.02), rtol=1e-5)
