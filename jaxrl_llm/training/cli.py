@@ -122,17 +122,13 @@ def validate(config: Any, prefix: str = "") -> None:
 
 def _with_latest(arguments: Sequence[str]) -> list[str]:
     """`--resume` may stand alone: it means the latest run."""
-    following = [*arguments[1:], "--"]
-    pairs = zip(arguments, following, strict=True)
-    return [
-        token
-        for argument, after in pairs
-        for token in (
-            (argument, "latest")
-            if argument == "--resume" and after.startswith("--")
-            else (argument,)
-        )
-    ]
+    complete: list[str] = []
+    for index, argument in enumerate(arguments):
+        complete.append(argument)
+        following = arguments[index + 1 : index + 2]
+        if argument == "--resume" and (not following or following[0].startswith("--")):
+            complete.append("latest")
+    return complete
 
 
 def _explain(config_class: type, arguments: Sequence[str]) -> str:
