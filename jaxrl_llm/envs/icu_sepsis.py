@@ -92,7 +92,7 @@ def data() -> Data:
 
 def expert_policy() -> Array:
     """The clinicians' action frequencies, `[716, 25]`."""
-    return jnp.asarray(data().expert_policy)
+    return jnp.asarray(data().expert_policy, float)
 
 
 def mdp(*, discount: float = 1.0, inadmissible: Inadmissible = "mean") -> MDP:

@@ -301,8 +301,8 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     Least squares: without their gaps, positions that must stay in order are pooled to their mean.
     Where [0, 1] is too short for all of them, they go beyond 1.
 
-    >>> spread([0.5, 0.5], 0.2)
-    [0.4, 0.6]
+    >>> spread([0.5, 0.5], 0.25)
+    [0.375, 0.625]
     """
     pools: list[tuple[float, int]] = []
     for index, position in enumerate(positions):
