@@ -1,7 +1,8 @@
 """Every pytree and protocol shared by two or more parts of the library.
 
 Shapes use `S` states, `A` actions, `T` time steps, `B` parallel trajectories, `N` distinct
-state-action rows and `K` successors. Control is time-major, `[T, B, ...]`.
+state-action rows and `K` successors. Control is time-major, `[T, B, ...]`; tokens are batch-major,
+`[B, L]`.
 """
 
 from __future__ import annotations
@@ -219,6 +220,50 @@ class Transition:
 
 
 @struct.dataclass(kw_only=True)
+class TokenBatch:
+    """Rows of tokens, batch-major, with what is real and what counts. Masks are True = keep.
+
+    Attributes:
+      tokens: `[B, L]` int32.
+      attention_mask: `[B, L]` bool, False on padding.
+      response_mask: `[B, L]` bool, the tokens that a loss counts: those of the response, its end
+        token included and nothing after it.
+      segment: `[B, L]` int32, which of the sequences packed into its row a token belongs to,
+        counted from 1, and 0 on padding. None where a row is one sequence.
+      log_probability: `[B, L]` float32, of each response token under the law that it was drawn
+        from, and 0 elsewhere. None where the tokens were not drawn.
+    """
+
+    tokens: Array
+    attention_mask: Array
+    response_mask: Array
+    segment: Array | None = None
+    log_probability: Array | None = None
+
+
+@struct.dataclass(kw_only=True)
+class KVCache:
+    """The keys and values of the tokens that a decoder has read, in `S` slots a row.
+
+    All rows write the same slot at the same time; `mask` says which slots of a row hold a real
+    token, so rows of unequal length are padded on the left.
+
+    Attributes:
+      keys: one `[B, head, S, dim]` a layer. Not one array for all layers, whose parts would be
+        copied out of it at every token, and heads before slots, so that what one head reads is
+        contiguous: with slots first, a CPU transposed the whole cache at every token.
+      values: likewise.
+      mask: `[B, S]` bool.
+      length: `[]` int32, slots written.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    mask: Array
+    length: Array
+
+
+@struct.dataclass(kw_only=True)
 class Mean:
     """A mean kept as total and weight, so that it adds exactly over minibatches and devices.
 
@@ -314,11 +359,12 @@ class Algorithm:
 
     Attributes:
       init: `(key) -> state`.
-      step: `(key, state) -> (state, metrics)`; metrics are a flat dict of `Mean`.
+      step: `(key, state) -> (state, metrics)`; metrics are a flat dict of `Mean`. One that learns
+        from data, rather than from an environment, takes them as a third argument.
     """
 
     init: Callable[[Key], PyTree]
-    step: Callable[[Key, PyTree], tuple[PyTree, dict[str, Mean]]]
+    step: Callable[..., tuple[PyTree, dict[str, Mean]]]
 
 
 class Policy(Protocol):

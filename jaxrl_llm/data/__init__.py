@@ -1,0 +1,1 @@
+"""Data sets as pure functions and iterators: synthetic clinical text, tokens, trajectories."""
