@@ -1,5 +1,6 @@
-"""Masked moments against NumPy on the subset, and the recurrence against a loop."""
+"""Moments against NumPy, the recurrence against a loop, token likelihoods against a softmax."""
 
+import re
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from jax.typing import DTypeLike
 
 from jaxrl_llm import numerics
 
@@ -153,6 +155,139 @@ def test_associative_scan_has_the_gradients_of_scan(x64):
 
 def test_reverse_recurrence_has_correct_gradients(x64):
     check_grads(partial(numerics.reverse_recurrence, pair), (random_steps(5),), order=1)
+
+
+# Token log-probabilities
+
+
+def naive_token_log_probabilities(hidden, embedding, targets, temperature=1.0):
+    log_pi = jax.nn.log_softmax(hidden @ embedding.T / temperature)
+    log_probability = jnp.take_along_axis(log_pi, targets[:, None], axis=1)[:, 0]
+    return log_probability, -jnp.sum(jnp.exp(log_pi) * log_pi, axis=1)
+
+
+def random_tokens(size=13, width=5, vocabulary=11, dtype: DTypeLike = np.float64):
+    random = np.random.default_rng(size)
+    hidden, embedding = random.normal(size=(size, width)), random.normal(size=(vocabulary, width))
+    targets = random.integers(vocabulary, size=size)
+    return jnp.array(hidden, dtype), jnp.array(embedding, dtype), jnp.array(targets)
+
+
+def value_and_gradients(function, hidden, embedding, targets, **options):
+    """Of both results, each weighted differently at every token, and not at all at some."""
+    weights = np.sin(np.arange(2 * len(targets)).reshape(2, -1)) * (np.arange(len(targets)) % 4 > 0)
+
+    def total(hidden, embedding):
+        results = function(hidden, embedding, targets, **options)
+        return jnp.sum(jnp.stack(results) * jnp.array(weights, hidden.dtype)), results
+
+    (_, results), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, embedding)
+    return results, gradients
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+@pytest.mark.parametrize("size", [1, 13, 16])
+@pytest.mark.parametrize("chunk_size", [4, 5, 100, None])
+def test_token_log_probabilities_equal_those_of_a_whole_softmax(size, chunk_size, x64):
+    tokens, options = random_tokens(size), {"temperature": 0.7}
+    expected = value_and_gradients(naive_token_log_probabilities, *tokens, **options)
+    chunked = partial(numerics.token_log_probabilities, chunk_size=chunk_size)
+    actual = jax.jit(partial(value_and_gradients, chunked, **options))(*tokens)
+    assert_trees_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_token_log_probabilities_have_correct_gradients(chunk_size, x64):
+    hidden, embedding, targets = random_tokens(6)
+    function = partial(numerics.token_log_probabilities, targets=targets, chunk_size=chunk_size)
+    check_grads(function, (hidden, embedding), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_token_log_probabilities_jit_equals_eager_with_a_traced_temperature(chunk_size):
+    tokens = random_tokens(dtype=np.float32)
+    function = partial(numerics.token_log_probabilities, chunk_size=chunk_size)
+    expected = value_and_gradients(naive_token_log_probabilities, *tokens, temperature=0.7)
+    jitted = value_and_gradients(jax.jit(function), *tokens, temperature=jnp.float32(0.7))
+    eager = value_and_gradients(function, *tokens, temperature=0.7)
+    assert_trees_close(jitted, eager, rtol=1e-5, atol=1e-6)
+    assert_trees_close(jitted, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_token_log_probabilities_of_bfloat16_accumulate_and_normalise_in_float32():
+    hidden, embedding, targets = random_tokens(16, 64, 500, jnp.bfloat16)
+    wide = hidden.astype(jnp.float32), embedding.astype(jnp.float32), targets
+    (results, gradients), (expected, expected_gradients) = (
+        jax.jit(partial(value_and_gradients, numerics.token_log_probabilities))(*tokens)
+        for tokens in ((hidden, embedding, targets), wide)
+    )
+    assert {x.dtype for x in results} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
+    assert_trees_close(results, expected, rtol=1e-5, atol=1e-5)
+    scale = max(abs(x).max() for x in expected_gradients)
+    gradients = [np.array(x, np.float32) for x in gradients]
+    assert_trees_close(gradients, list(expected_gradients), rtol=0.02, atol=0.003 * scale)
+
+
+def test_token_log_probabilities_are_finite_at_extreme_logits():
+    """The entropy of a certain choice is 0, and no infinity times 0 enters a gradient."""
+    hidden, embedding = jnp.array([[1e4], [-1e4], [0.0]]), jnp.array([[1.0], [0.0], [-1.0]])
+    tokens = hidden, embedding, jnp.array([0, 0, 0])
+    for chunk_size in (2, None):
+        function = partial(numerics.token_log_probabilities, chunk_size=chunk_size)
+        gradient = jax.jit(partial(value_and_gradients, function))
+        (log_probability, entropy), gradients = gradient(*tokens)
+        np.testing.assert_allclose(log_probability, [0, -2e4, -np.log(3)], rtol=1e-6)
+        np.testing.assert_allclose(entropy, [0, 0, np.log(3)], rtol=1e-6)
+        assert all(np.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (16, 3), (1, 1)])
+def test_rows_one_group_after_another_equal_all_at_once(shape):
+    """Each platform runs one of the two; here both run on whichever there is."""
+    logits = 5 * jax.random.normal(jax.random.key(0), shape) + 100
+    actual = numerics._normaliser_and_entropy_by_rows(logits)
+    expected = numerics._normaliser_and_entropy(logits)
+    assert_trees_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_token_log_probabilities_of_sharded_tokens_gather_nothing():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    along, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis))
+        for axis in ("data", None)
+    )
+    tokens = random_tokens(64, dtype=np.float32)
+    gradient = jax.jit(
+        partial(value_and_gradients, partial(numerics.token_log_probabilities, chunk_size=16))
+    )
+    sharded = [jax.device_put(x, s) for x, s in zip(tokens, (along, whole, along), strict=True)]
+    assert_trees_close(gradient(*sharded), gradient(*tokens), rtol=1e-5, atol=1e-5)
+    program = str(gradient.lower(*sharded).compile().as_text())
+    assert "all-reduce" in program
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
+
+
+def test_token_log_probabilities_take_a_quarter_of_the_memory_of_a_whole_softmax():
+    hidden = jax.ShapeDtypeStruct((4 * 1024, 64), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((50257, 64), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4 * 1024,), jnp.int32)
+
+    def peak(function):
+        def total(hidden, embedding, targets):
+            return jnp.sum(function(hidden, embedding, targets)[0])
+
+        lowered = jax.jit(jax.grad(total, (0, 1))).lower(hidden, embedding, targets)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    chunked = peak(numerics.token_log_probabilities)
+    assert chunked <= peak(naive_token_log_probabilities) / 4
+    assert chunked <= peak(partial(numerics.token_log_probabilities, chunk_size=None)) / 3
 
 
 # Permutations
