@@ -30,7 +30,7 @@ SETTINGS = ppo.Config(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(experiment.TrainConfig):
+class Config(experiment.SeedsConfig):
     """PPO on ICU-Sepsis. Research only, not for clinical use."""
 
     ppo: ppo.Config = SETTINGS
@@ -58,7 +58,7 @@ def main(config: Config) -> dict[str, float]:
 
     algorithm = ppo.make(settings, icu_sepsis.make(), network)
     size = {"num_steps": settings.num_iterations, "items_per_step": settings.batch_size}
-    state = experiment.train(run, algorithm, **size, evaluate=survival)
+    state = experiment.train_seeds(run, algorithm, **size, evaluate=survival)
 
     learned = {f"PPO, {k}": v for k, v in jax.device_get(survival(state)).items()}
     steps, values = experiment.curve(run, "greedy")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxrl_llm import checks
-from jaxrl_llm.training import checkpoint, logging, loop
+from jaxrl_llm.training import checkpoint, logging, loop, plotting
 from jaxrl_llm.training.evaluate import SOLVERS, SolverRun, run_solver
 from jaxrl_llm.types import MDP, Algorithm, PyTree, SuccessorMDP
 
@@ -42,16 +42,26 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What every experiment that trains takes besides."""
 
-    num_seeds: int = 10
-    """Independent learners, trained side by side in one program."""
     num_evaluations: int = 40
     """Points of the learning curve."""
     num_checkpoints: int = 10
     """Checkpoints written on the way; each waits for the next point of the curve."""
 
     def validate(self) -> None:
-        for name in ("num_seeds", "num_evaluations", "num_checkpoints"):
+        for name in ("num_evaluations", "num_checkpoints"):
             checks.at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig(TrainConfig):
+    """What every experiment that trains several learners takes besides."""
+
+    num_seeds: int = 10
+    """Independent learners, trained side by side in one program."""
+
+    def validate(self) -> None:
+        super().validate()
+        checks.at_least("num_seeds", self.num_seeds, 1)
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -99,36 +109,60 @@ def train(
     num_steps: int,
     items_per_step: int,
     evaluate: Callable[[PyTree], Mapping[str, Any]],
+    state: PyTree | None = None,
+    data: PyTree | None = None,
+    unit: str = "steps",
 ) -> PyTree:
-    """Trains every seed, from the start or the newest sound checkpoint, logging and saving.
+    """Trains one learner, from the start or the newest sound checkpoint, logging and saving.
+
+    Args:
+      run: from `open_run`.
+      algorithm: of the learner.
+      num_steps: of the algorithm.
+      items_per_step: what one step works through, for the progress.
+      evaluate: state -> more metrics of that moment, to be logged.
+      state: to start from, DONATED; by default the algorithm's own. A checkpoint takes precedence.
+      data: as in `loop.run`.
+      unit: of the items, in the plural.
+
+    Returns:
+      The final state.
+    """
+    config = run.config
+    key = jax.random.key(config.seed)
+    like = jax.eval_shape(algorithm.init, key) if state is None else state
+    restored, begin = _restore(run, like, num_steps)
+    with _open_log(run, begin) as log:
+        return loop.run(
+            algorithm,
+            key,
+            num_steps=num_steps,
+            chunk_steps=max(num_steps // config.num_evaluations, 1),
+            items_per_step=items_per_step,
+            report=lambda step, metrics, state: log.write(step, {**metrics, **evaluate(state)}),
+            save=lambda step, state: checkpoint.save(run.checkpoints, step, state),
+            save_steps=max(num_steps // config.num_checkpoints, 1),
+            state=state if restored is None else restored,
+            start=begin,
+            data=data,
+            unit=unit,
+        )
+
+
+def train_seeds(
+    run: Run[SeedsConfig], algorithm: Algorithm, *, items_per_step: int, **options: Any
+) -> PyTree:
+    """`train` of `config.num_seeds` learners side by side; every leaf gains a leading axis.
 
     Args:
       run: from `open_run`.
       algorithm: of one learner.
-      num_steps: of the algorithm.
-      items_per_step: environment steps of one step of one learner, for the progress.
-      evaluate: state `[seeds, ...]` -> more metrics of that moment, one a seed, to be logged.
-
-    Returns:
-      The final state, leaves `[seeds, ...]`.
+      items_per_step: of one learner.
+      **options: as in `train`; `evaluate` returns one value a seed.
     """
-    config = run.config
-    learners = loop.over_seeds(algorithm, config.num_seeds)
-    key = jax.random.key(config.seed)
-    state, start = _restore(run, jax.eval_shape(learners.init, key), num_steps)
-    with _open_log(run, start) as log:
-        return loop.run(
-            learners,
-            key,
-            num_steps=num_steps,
-            chunk_steps=max(num_steps // config.num_evaluations, 1),
-            items_per_step=items_per_step * config.num_seeds,
-            report=lambda step, metrics, state: log.write(step, {**metrics, **evaluate(state)}),
-            save=lambda step, state: checkpoint.save(run.checkpoints, step, state),
-            save_steps=max(num_steps // config.num_checkpoints, 1),
-            state=state,
-            start=start,
-        )
+    num_seeds = run.config.num_seeds
+    learners = loop.over_seeds(algorithm, num_seeds)
+    return train(run, learners, items_per_step=items_per_step * num_seeds, **options)
 
 
 def solve(
@@ -175,10 +209,27 @@ def _open_log(run: Run[Any], start: int) -> logging.RunLog:
 
 
 def curve(run: Run[TrainConfig], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What `train` logged of metric `name`: steps `[T]` and values `[seeds, T]`."""
+    """What `train` logged of metric `name`: steps `[T]` and values `[T]`, or `[seeds, T]`."""
     lines = logging.read_metrics(run.directory)
     steps = np.array([line["step"] for line in lines])
     return steps, np.array([line[name] for line in lines], np.float64).T
+
+
+def draw_curve(
+    run: Run[TrainConfig], name: str, references: Mapping[str, float], *, title: str, footer: str
+) -> None:
+    """Draws what `train` logged of metric `name` of one learner, as `<name>.png` of the run."""
+    steps, values = curve(run, name)
+    figure = plotting.learning_curve(
+        steps,
+        values[None],
+        references=references,
+        title=title,
+        xlabel="Optimiser steps",
+        ylabel=name.replace("_", " ").capitalize(),
+        footer=footer,
+    )
+    plotting.save_figure(figure, run.directory / f"{name}.png")
 
 
 def finish(run: Run[Any], result: Mapping[str, Any]) -> dict[str, float]:

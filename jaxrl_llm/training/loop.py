@@ -39,7 +39,9 @@ def run(
     save_steps: int | None = None,
     state: PyTree | None = None,
     start: int = 0,
+    data: PyTree | None = None,
     label: str = "training",
+    unit: str = "steps",
 ) -> PyTree:
     """Runs `algorithm` from step `start` to step `num_steps`.
 
@@ -56,7 +58,9 @@ def run(
         the end; after every chunk by default.
       state: to start from; DONATED: its buffers are reused and the caller's arrays deleted.
       start: the step index of `state`.
+      data: the third argument of every `algorithm.step`; None for one that takes two.
       label: of the run, in its progress on stderr.
+      unit: of the items, in the plural.
 
     Returns:
       The state after step `num_steps`.
@@ -70,16 +74,17 @@ def run(
     init_key, step_key = jax.random.split(key)
     if start == num_steps and state is not None:
         return state
-    with _progress(label, start * items_per_step, num_steps * items_per_step) as progress:
+    corpus = () if data is None else (jax.device_put(data),)
+    with _progress(label, unit, start * items_per_step, num_steps * items_per_step) as progress:
         if state is None:
             state = jax.jit(algorithm.init)(init_key)
         state = _without_aliases(state)
-        chunk = _compile(algorithm, state, step_key)
+        chunk = _compile(algorithm, state, step_key, *corpus)
         progress.compiled()
         step = start
         while step < num_steps:
             previous, step = step, min(num_steps, (step // chunk_steps + 1) * chunk_steps)
-            state, sums = chunk(state, step_key, jnp.int32(previous), jnp.int32(step))
+            state, sums = chunk(state, step_key, jnp.int32(previous), jnp.int32(step), *corpus)
             metrics = means(sums)
             progress.advance(step * items_per_step, metrics)
             if report is not None:
@@ -114,7 +119,9 @@ def over_seeds(algorithm: Algorithm, num_seeds: int) -> Algorithm:
 
     return Algorithm(
         init=lambda key: each(algorithm.init, seed_keys(key)),
-        step=lambda key, state: each(algorithm.step, seed_keys(key), state),
+        step=lambda key, state, *data: each(
+            lambda key, state: algorithm.step(key, state, *data), seed_keys(key), state
+        ),
     )
 
 
@@ -124,20 +131,24 @@ def means(sums: dict[str, Mean]) -> Metrics:
     return {name: float(value) if np.ndim(value) == 0 else value for name, value in values.items()}
 
 
-def _compile(algorithm: Algorithm, state: PyTree, step_key: Key) -> Callable[..., Any]:
-    """`(state, step_key, start, stop) -> (state, summed metrics)`, compiled for `state`'s arrays.
+def _compile(
+    algorithm: Algorithm, state: PyTree, step_key: Key, *data: PyTree
+) -> Callable[..., Any]:
+    """`(state, step_key, start, stop, *data) -> (state, summed metrics)`, compiled.
 
     Bounds are arguments, not shapes: a scan of another length would be another program, which may
     round differently (a loop of one turn is unrolled and fused), and would compile again.
     """
 
-    def chunk(state: PyTree, key: Key, start: Array, stop: Array) -> tuple[PyTree, PyTree]:
+    def chunk(
+        state: PyTree, key: Key, start: Array, stop: Array, *data: PyTree
+    ) -> tuple[PyTree, PyTree]:
         def body(step: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             state, sums = carry
-            state, metrics = algorithm.step(jax.random.fold_in(key, step), state)
+            state, metrics = algorithm.step(jax.random.fold_in(key, step), state, *data)
             return state, jax.tree.map(jnp.add, sums, metrics)
 
-        _, metrics = jax.eval_shape(algorithm.step, key, state)
+        _, metrics = jax.eval_shape(algorithm.step, key, state, *data)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
         return jax.lax.fori_loop(start, stop, body, (state, zeros))
 
@@ -147,7 +158,7 @@ def _compile(algorithm: Algorithm, state: PyTree, step_key: Key) -> Callable[...
     # The state must come out laid out as it went in, or the compiled program refuses it.
     out_shardings = (jax.tree.map(sharding, state), None)
     jitted = jax.jit(chunk, donate_argnums=0, out_shardings=out_shardings)
-    return jitted.lower(state, step_key, jnp.int32(0), jnp.int32(0)).compile()
+    return jitted.lower(state, step_key, jnp.int32(0), jnp.int32(0), *data).compile()
 
 
 def _without_aliases(state: PyTree) -> PyTree:
@@ -191,8 +202,8 @@ class _Progress(Protocol):
 class _Clock:
     """Items a second of computing, without compiling or what the host does between chunks."""
 
-    def __init__(self, first: int, last: int):
-        self._first, self._last = first, last
+    def __init__(self, unit: str, first: int, last: int):
+        self._unit, self._first, self._last = unit, first, last
         self._seconds = 0.0
         self._resumed = time.perf_counter()
 
@@ -214,15 +225,15 @@ class _Clock:
 
     def speed(self, items: int) -> str:
         rate = (items - self._first) / max(self._seconds, 1e-9)
-        return f"{rate:,.0f} steps/s, {_duration((self._last - items) / rate)} left"
+        return f"{rate:,.0f} {self._unit}/s, {_duration((self._last - items) / rate)} left"
 
 
 class _Lines:
     """Progress as plain lines, for a file or a pipe."""
 
-    def __init__(self, label: str, first: int, last: int):
-        self._label, self._last = label, last
-        self._clock = _Clock(first, last)
+    def __init__(self, label: str, unit: str, first: int, last: int):
+        self._label, self._unit, self._last = label, unit, last
+        self._clock = _Clock(unit, first, last)
         self._printed = float("-inf")
         self._print("compiling")
 
@@ -234,7 +245,7 @@ class _Lines:
         now = time.perf_counter()
         if now - self._printed >= _SECONDS_BETWEEN_LINES or items == self._last:
             self._printed = now
-            done = f"{items:,} of {self._last:,} steps ({items / self._last:.0%})"
+            done = f"{items:,} of {self._last:,} {self._unit} ({items / self._last:.0%})"
             self._print(", ".join([done, self._clock.speed(items), *_shown(metrics)]))
 
     def resume_clock(self) -> None:
@@ -247,9 +258,9 @@ class _Lines:
 class _Bar:
     """Progress as a bar that is redrawn, for a terminal."""
 
-    def __init__(self, label: str, first: int, last: int, progress: Any):
+    def __init__(self, label: str, unit: str, first: int, last: int, progress: Any):
         self._label, self._progress = label, progress
-        self._clock = _Clock(first, last)
+        self._clock = _Clock(unit, first, last)
         self._task = progress.add_task(
             label, total=last, completed=first, speed="compiling", metrics=""
         )
@@ -281,12 +292,12 @@ class _Silence:
 
 
 @contextlib.contextmanager
-def _progress(label: str, first: int, last: int) -> Iterator[_Progress]:
+def _progress(label: str, unit: str, first: int, last: int) -> Iterator[_Progress]:
     if jax.process_index() != 0:
         yield _Silence()
         return
     if not sys.stderr.isatty():
-        yield _Lines(label, first, last)
+        yield _Lines(label, unit, first, last)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -303,7 +314,7 @@ def _progress(label: str, first: int, last: int) -> Iterator[_Progress]:
         ),
     ]
     with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
-        yield _Bar(label, first, last, progress)
+        yield _Bar(label, unit, first, last, progress)
 
 
 def _shown(metrics: Metrics) -> list[str]:

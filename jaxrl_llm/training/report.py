@@ -178,6 +178,40 @@ def show_learning(
     plotting.save_figure(figure, path)
 
 
+def show_change(
+    title: str,
+    before: Mapping[str, tuple[float, float, float]],
+    after: Mapping[str, tuple[float, float, float]],
+    *,
+    footer: str,
+) -> None:
+    """What training changed, one line a measure: `(value, low, high)` of its 95 % interval.
+
+    A measure that is known without error has itself for both ends.
+    """
+
+    def shown(value: float, low: float, high: float) -> str:
+        return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = [(_words(name), shown(*before[name]), shown(*after[name])) for name in before]
+    print_table(title, ("measure", "before", "after"), rows, footer=footer)
+
+
+def show_samples(title: str, samples: Iterable[Mapping[str, str]]) -> None:
+    """Texts side by side, each wrapped under its label."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(f"\n{title}", style="bold")
+    for sample in samples:
+        console.print()
+        for label, text in sample.items():
+            console.print(Text(label, style="bold"))
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 

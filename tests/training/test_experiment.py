@@ -25,7 +25,7 @@ class Learner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(experiment.TrainConfig):
+class Config(experiment.SeedsConfig):
     learner: Learner = Learner()
     num_seeds: int = 3
     num_evaluations: int = 5
@@ -48,7 +48,7 @@ def walk() -> Algorithm:
 
 
 def train(run: experiment.Run[Any], evaluate: Callable[..., Any] = lambda state: {}) -> Any:
-    return experiment.train(run, walk(), num_steps=10, items_per_step=1, evaluate=evaluate)
+    return experiment.train_seeds(run, walk(), num_steps=10, items_per_step=1, evaluate=evaluate)
 
 
 def stop_at(number: int) -> Callable[..., dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Language models: tokens, checkpoints, generation and alignment, one file an algorithm."""

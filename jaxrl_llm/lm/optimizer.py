@@ -1,0 +1,87 @@
+"""The optimiser of language models: AdamW on the parts that learn, warm-up, then a cosine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import optax
+
+from jaxrl_llm import checks
+from jaxrl_llm.nn import adapters
+from jaxrl_llm.types import PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """The highest, at the end of the warm-up."""
+    warmup_fraction: float = 0.03
+    """Of the steps, over which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Of the learning rate, left at the last step."""
+    weight_decay: float = 0.1
+    """Of matrices; biases and layer normalisation have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_gradient_norm: float = 1.0
+    """Longer gradients, over all that learns, are scaled down to it."""
+    trainable: adapters.Trainable = "all"
+    """What learns; a value head always does."""
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, unless steps can be taken."""
+        for name in ("learning_rate", "epsilon", "max_gradient_norm"):
+            checks.positive(name, getattr(self, name))
+        for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
+            checks.between(name, getattr(self, name), 0, 1)
+        checks.at_least("weight_decay", self.weight_decay, 0)
+
+
+ADAMW = Config()
+
+
+def make(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """The optimiser of a run of `num_steps` steps.
+
+    Source: Loshchilov & Hutter (2019) for the decoupled weight decay; betas, clipping and the
+    schedule are those of Brown et al. (2020), appendix B.
+    """
+    adamw = optax.adamw(
+        schedule(config, num_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
+    )
+    learns = optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), adamw)
+    labels = partial(adapters.labels, trainable=config.trainable)
+    return optax.partition({"train": learns, "freeze": optax.set_to_zero()}, labels)
+
+
+def schedule(config: Config, num_steps: int) -> optax.Schedule:
+    """The learning rate by step: a line up from 0, then half a cosine down."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=round(config.warmup_fraction * num_steps),
+        decay_steps=num_steps,
+        end_value=config.final_fraction * config.learning_rate,
+    )
+
+
+def freeze(params: PyTree, trainable: str) -> PyTree:
+    """`params`, with no gradient flowing to what does not learn, so that none is computed."""
+    return jax.tree.map(
+        lambda leaf, label: leaf if label == "train" else jax.lax.stop_gradient(leaf),
+        params,
+        adapters.labels(params, trainable),
+    )
