@@ -126,7 +126,7 @@ def search(
     config: BeamConfig,
     length_penalty: Array | float,
 ) -> Hypotheses:
-    """`beam_search` for use inside `jit`, where `config`, but for its `length_penalty`, is static."""
+    """`beam_search` for use inside `jit`: `config` is static, and its own penalty is not read."""
     params = decoding.cast(params, model.dtype)
     stop_tokens = decoding.end_tokens(model, config.stop_tokens)
     last = config.max_new_tokens
@@ -184,7 +184,7 @@ def _begin(
     state = State(
         cache=cache,
         tokens=nothing,
-        # The beams begin equal: one stands for all, or the first turn would find each token K times.
+        # The beams begin equal: one stands for all, or each first token would be found K times.
         log_probability=none.at[:, 0].set(0),
         kept=Hypotheses(tokens=nothing, mask=nothing > 0, score=none),
         step=jnp.int32(0),
@@ -195,7 +195,7 @@ def _begin(
 def _extend(
     state: State, logits: Array, stop_tokens: tuple[int, ...], length_penalty: Array | float
 ) -> State:
-    """The likeliest of the beams grown by a token, from the logits `[B * K, V]` that follow them."""
+    """The likeliest beams of one token more, from the logits `[B * K, V]` that follow them."""
     num_prompts, num_beams, _ = state.tokens.shape
     log_pi = jax.nn.log_softmax(logits).reshape(num_prompts, num_beams, -1)
     candidates = state.log_probability[:, :, None] + log_pi

@@ -78,8 +78,12 @@ class Config:
 
 Law = dict[str, Any]
 _LAW = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p")
-_CUTS = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
-_CUTS |= {"typical_p": sampling.typical}
+_CUTS = {
+    "top_k": sampling.top_k,
+    "top_p": sampling.top_p,
+    "min_p": sampling.min_p,
+    "typical_p": sampling.typical,
+}
 
 
 @struct.dataclass(kw_only=True)
@@ -128,10 +132,18 @@ def rollout(
     params = cast(params, model.dtype)
     state = prefill(model, params, tokens, attention_mask, key, config, law)
     state = decode(model, params, state, config, law, jnp.int32(config.max_new_tokens))
-    return as_batch(config, tokens, attention_mask, state)
+    written = state.tokens, state.mask, state.log_probability
+    return as_batch(config, tokens, attention_mask, *written)
 
 
-def as_batch(config: Config, tokens: Array, attention_mask: Array, state: State) -> TokenBatch:
+def as_batch(
+    config: Config,
+    tokens: Array,
+    attention_mask: Array,
+    response: Array,
+    mask: Array,
+    log_probability: Array,
+) -> TokenBatch:
     """The prompts, each as often as it has rows, joined with what was written."""
     prompt = jnp.repeat(tokens, config.num_samples, axis=0)
     real = jnp.repeat(attention_mask > 0, config.num_samples, axis=0)
@@ -141,10 +153,10 @@ def as_batch(config: Config, tokens: Array, attention_mask: Array, state: State)
         return jnp.concatenate([left.astype(right.dtype), right], axis=1)
 
     return TokenBatch(
-        tokens=joined(prompt, state.tokens),
-        attention_mask=joined(real, state.mask),
-        response_mask=joined(nothing, state.mask),
-        log_probability=joined(nothing, state.log_probability),
+        tokens=joined(prompt, response),
+        attention_mask=joined(real, mask),
+        response_mask=joined(nothing, mask),
+        log_probability=joined(nothing, log_probability),
     )
 
 
@@ -177,18 +189,18 @@ def prefill(
         tokens=jnp.full((num_rows, num_new), pad_token(model.config), jnp.int32),
         mask=jnp.zeros((num_rows, num_new), bool),
         log_probability=jnp.zeros((num_rows, num_new)),
-        uniform=_uniform(key, num_prompts, num_samples, num_new),
+        uniform=uniform_numbers(key, num_prompts, num_samples, num_new),
         seen=seen,
         step=jnp.int32(0),
     )
-    return _draw(state, logits, config, law, end_tokens(model, config))
+    return _draw(state, logits, config, law, end_tokens(model, config.stop_tokens))
 
 
 def decode(
     model: GPT2, params: PyTree, state: State, config: Config, law: Law, end: Array
 ) -> State:
     """Goes on until `end` tokens are written or every row has ended."""
-    stop_tokens = end_tokens(model, config)
+    stop_tokens = end_tokens(model, config.stop_tokens)
 
     def goes_on(state: State) -> Array:
         return (state.step < end) & ~jnp.all(state.ended)
@@ -237,10 +249,9 @@ def read(
     model: GPT2, params: PyTree, tokens: Array, real: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
     """Logits `[R, V]` of the token after `tokens` `[R, T]`, and the cache that holds these too."""
-    hidden, cache = model.apply(
-        {"params": params}, tokens, attention_mask=real, cache=cache, method="hidden_states"
-    )
-    return model.apply({"params": params}, hidden[:, -1], method="logits"), cache
+    bound: Any = model.bind({"params": params})
+    hidden, cache = bound.hidden_states(tokens, attention_mask=real, cache=cache)
+    return bound.logits(hidden[:, -1]), cache
 
 
 def draw(
@@ -308,7 +319,7 @@ def tokens_seen(tokens: Array, real: Array, vocab_size: int) -> Array:
     return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].max(real)
 
 
-def _uniform(key: Key, num_prompts: int, num_samples: int, num_new: int) -> Array:
+def uniform_numbers(key: Key, num_prompts: int, num_samples: int, num_new: int) -> Array:
     """One number in [0, 1) a token, `[R, N]`: a function of key, prompt, sample and place alone."""
 
     def each(count: int, keys: Key) -> Key:
@@ -341,9 +352,9 @@ def pad_token(config: GPT2Config) -> int:
     return next(token for token in declared if token is not None)
 
 
-def end_tokens(model: GPT2, config: Config) -> tuple[int, ...]:
-    """Which tokens end a row."""
-    if config.stop_tokens is not None:
-        return config.stop_tokens
+def end_tokens(model: GPT2, stop_tokens: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Which tokens end a row, where `stop_tokens` are those of a configuration."""
+    if stop_tokens is not None:
+        return stop_tokens
     eos = model.config.eos_token_id
     return () if eos is None else (eos,)

@@ -162,7 +162,7 @@ def checked_arguments(
             checks.between(name, token, 0, vocabulary - 1)
     barred, names = set(config.banned_tokens), "banned_tokens"
     if config.min_new_tokens > 0:
-        barred |= set(decoding.end_tokens(model, config))
+        barred |= set(decoding.end_tokens(model, config.stop_tokens))
         names += " and, before min_new_tokens, stop_tokens"
     if len(barred) == vocabulary:
         raise ValueError(f"{names} leave nothing of the vocabulary of {vocabulary}; ban fewer")
@@ -211,7 +211,7 @@ def respond(
     width = max((len(sequence.tokens) for sequence in sequences), default=0)
     rows = pad(sequences, width, side="left")
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
-    stop_tokens = decoding.end_tokens(model, config)
+    stop_tokens = decoding.end_tokens(model, config.stop_tokens)
     responses: list[Response] = []
     for begin in range(0, len(prompts), batch_size):
         # The last batch is filled up with the last prompt, so that it compiles no new program.

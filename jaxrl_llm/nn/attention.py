@@ -71,8 +71,11 @@ def causal_mask(real: Array, segment: Array | None, cache: KVCache | None) -> Ar
     """
     num_queries = real.shape[1]
     first, keys = (0, real) if cache is None else (cache.length, cache.mask)
-    not_later = jnp.arange(keys.shape[1])[None, :] <= first + jnp.arange(num_queries)[:, None]
-    mask = not_later[None] & keys[:, None, :]
+    mask = keys[:, None, :]
+    if cache is None or num_queries > 1:
+        # A single query is the newest token: all that its row's slots hold came before it.
+        not_later = jnp.arange(keys.shape[1])[None, :] <= first + jnp.arange(num_queries)[:, None]
+        mask = not_later[None] & mask
     if segment is not None:
         mask &= segment[:, :, None] == segment[:, None, :]
     return mask[:, None]

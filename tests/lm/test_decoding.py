@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import GPT2
 from tests.lm.generation import END, PADDING, TINY, VOCABULARY, law, random_params
 
-MODEL = GPT2(TINY)
+MODEL: Any = GPT2(TINY)
 PARAMS = random_params(MODEL)
 PROMPT = np.array([[3, 7, 2, 9]])
 # Prompts of 4, 2 and 1 tokens; padding holds what a tokenizer might put there.
-RAGGED = np.array([[3, 7, 2, 9], [PADDING, PADDING, 5, 4], [-1, 99, 99, 8]])
-RAGGED_MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]], bool)
+RAGGED: Any = np.array([[3, 7, 2, 9], [PADDING, PADDING, 5, 4], [-1, 99, 99, 8]])
+RAGGED_MASK: Any = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]], bool)
 PLAIN = {"temperature": 1.0}
 # What changes no law, so that one compiled program serves every sampler.
 NEUTRAL = {
@@ -300,7 +301,7 @@ def test_a_response_may_fill_the_context():
 
 
 def test_bfloat16_draws_from_its_own_logits():
-    model = GPT2(TINY, dtype=jnp.bfloat16)
+    model: Any = GPT2(TINY, dtype=jnp.bfloat16)
     config = Config(max_new_tokens=12, num_samples=64, stop_tokens=())
     batch = rollout(model, PARAMS, RAGGED, RAGGED_MASK, jax.random.key(8), config)
     assert batch.log_probability.dtype == jnp.float32

@@ -1,6 +1,7 @@
-"""`generate` and `stream`: parity with `transformers`, independence of the batch, compiled programs."""
+"""`generate` and `stream`: parity with `transformers`, laws of text, few programs, clear errors."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ PARAMS = random_params(MODEL)
 PROMPTS = np.array([[3, 7, 2, 9, 5], [PADDING, PADDING, PADDING, 5, 4], [PADDING, 8, 3, 3, 2]])
 MASK = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
 KEY = jax.random.key(0)
+ROLLOUT: Any = module._rollout
 CONFIG = Config(max_new_tokens=12, temperature=1.2, top_p=0.95)
 
 
@@ -38,7 +40,7 @@ def test_greedy_matches_live_transformers_with_penalty_bans_and_stop_tokens(name
     torch = pytest.importorskip("torch")
     numbers = golden.load(name)
     model, params = hf_checkpoint.load(numbers.directory)
-    options = {"repetition_penalty": 1.2, "min_new_tokens": 20}
+    options: dict[str, Any] = {"repetition_penalty": 1.2, "min_new_tokens": 20}
     banned = sorted({int(token) for token in numbers.generated[:, 3]})
     stops = sorted({int(token) for token in numbers.generated[0, 40:44]})
     peer = golden.make(name).float().eval()
@@ -65,7 +67,7 @@ def test_greedy_matches_live_transformers_with_penalty_bans_and_stop_tokens(name
     assert not np.asarray(batch.response_mask)[:, expected.shape[1] :].any()
 
 
-def assert_same_responses(batch, width, expected, expected_width, rows=slice(None)):
+def assert_same_responses(batch, width, expected, expected_width, rows: Any = slice(None)):
     """Fails unless the responses agree, where they are of the same length or truncated."""
     length = min(batch.tokens.shape[1] - width, expected.tokens.shape[1] - expected_width)
     for name, tolerance in (("tokens", 0), ("response_mask", 0), ("log_probability", 1e-5)):
@@ -87,8 +89,8 @@ def test_text_depends_on_prompt_and_key_alone():
     order = np.array([2, 0, 2, 1])
     other_neighbours = generate(MODEL, PARAMS, PROMPTS[order], MASK[order], keys[order], CONFIG)
     assert_same_responses(other_neighbours, 5, batch, 5, order)
-    more_padding = [np.pad(array, ((0, 0), (13, 0))) for array in (PROMPTS, MASK)]
-    other_bucket = generate(MODEL, PARAMS, *more_padding, KEY, CONFIG)
+    prompts, mask = (np.pad(array, ((0, 0), (13, 0))) for array in (PROMPTS, MASK))
+    other_bucket = generate(MODEL, PARAMS, prompts, mask, KEY, CONFIG)
     assert_same_responses(other_bucket, 18, batch, 5)
     longer = dataclasses.replace(CONFIG, max_new_tokens=20)
     assert_same_responses(generate(MODEL, PARAMS, PROMPTS, MASK, KEY, longer), 5, batch, 5)
@@ -153,25 +155,30 @@ def test_few_programs_are_compiled_for_many_prompt_lengths():
     model = GPT2(dataclasses.replace(TINY, n_layer=1, n_positions=44))
     params = random_params(model)
     config = Config(max_new_tokens=3)
-    before = module._rollout._cache_size()
+    before = ROLLOUT._cache_size()
     lengths = range(1, 41)
     for length in lengths:
         generate(model, params, np.full((1, length), 3), None, KEY, config)
-    assert module._rollout._cache_size() - before <= len(set(map(bucket, lengths))) == 4
+    assert ROLLOUT._cache_size() - before <= len(set(map(bucket, lengths))) == 4
 
 
 def test_another_number_in_the_law_compiles_nothing():
     def write(**law):
-        base = {"repetition_penalty": 1.1, "temperature": 0.9, "top_k": 5, "top_p": 0.9}
+        base: dict[str, Any] = {
+            "repetition_penalty": 1.1,
+            "temperature": 0.9,
+            "top_k": 5,
+            "top_p": 0.9,
+        }
         base |= {"min_p": 0.02, "typical_p": 0.9}
         return generate(MODEL, PARAMS, PROMPTS, MASK, KEY, Config(max_new_tokens=4, **base | law))
 
     write()
-    before = module._rollout._cache_size()
+    before = ROLLOUT._cache_size()
     # Integers are numbers too.
     write(temperature=2, top_k=1, top_p=1, min_p=0, typical_p=1, repetition_penalty=1)
     write(temperature=0.3, top_k=7, top_p=0.5, min_p=0.3, typical_p=0.2, repetition_penalty=3.5)
-    assert module._rollout._cache_size() == before
+    assert ROLLOUT._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -179,23 +186,31 @@ def test_another_number_in_the_law_compiles_nothing():
     [
         (
             {"config": Config(max_new_tokens=44)},
-            "tokens[0] has 5 tokens; with max_new_tokens 44 that is more than the context of 48; "
-            "shorten either",
+            (
+                "tokens[0] has 5 tokens; with max_new_tokens 44 that is more than the context of "
+                "48; shorten either"
+            ),
         ),
         (
             {"tokens": np.full((2, 60), 3), "attention_mask": None},
-            "tokens[0] has 60 tokens; with max_new_tokens 12 that is more than the context of 48; "
-            "shorten either",
+            (
+                "tokens[0] has 60 tokens; with max_new_tokens 12 that is more than the context of "
+                "48; shorten either"
+            ),
         ),
         (
             {"attention_mask": MASK[:, ::-1]},
-            "attention_mask[1] has 2 real tokens, which are not the last of its row; pad prompts "
-            "on the left, and begin an empty one with the end token",
+            (
+                "attention_mask[1] has 2 real tokens, which are not the last of its row; pad "
+                "prompts on the left, and begin an empty one with the end token"
+            ),
         ),
         (
             {"attention_mask": 0 * MASK},
-            "attention_mask[0] has 0 real tokens, which are not the last of its row; pad prompts "
-            "on the left, and begin an empty one with the end token",
+            (
+                "attention_mask[0] has 0 real tokens, which are not the last of its row; pad "
+                "prompts on the left, and begin an empty one with the end token"
+            ),
         ),
         (
             {"attention_mask": MASK[:2]},
@@ -243,8 +258,10 @@ def test_another_number_in_the_law_compiles_nothing():
         ),
         (
             {"config": Config(max_new_tokens=4, banned_tokens=(*range(1, 11),), min_new_tokens=1)},
-            "banned_tokens and, before min_new_tokens, stop_tokens leave nothing of the vocabulary "
-            "of 11; ban fewer",
+            (
+                "banned_tokens and, before min_new_tokens, stop_tokens leave nothing of the "
+                "vocabulary of 11; ban fewer"
+            ),
         ),
     ],
 )

@@ -74,6 +74,10 @@ def test_attend_gives_a_masked_key_exactly_nothing():
         key, value = jnp.where(hidden, fill, KEY), jnp.where(hidden, 7, VALUE)
         other = attention.attend(QUERY, key, value, mask, scale=SCALE)
         np.testing.assert_array_equal(other, attended)
+    # Even where every score that counts is far below 0.
+    weights = attention.weights(abs(QUERY), -1e4 * abs(KEY), mask, scale=SCALE)
+    hidden = np.broadcast_to(~mask & mask.any(-1, keepdims=True), weights.shape)
+    assert not np.array(weights)[hidden].any()
 
 
 def test_attend_has_finite_gradients_where_a_query_attends_to_nothing():
@@ -124,14 +128,18 @@ def test_causal_mask_matches_its_definition(segment):
         assert mask[b, 0, t, s] == (s <= t and REAL[b, s] and same)
 
 
-def test_causal_mask_over_a_cache_reaches_what_was_read_before():
+@pytest.mark.parametrize("num_queries", [1, 2])
+def test_causal_mask_over_a_cache_reaches_what_was_read_before(num_queries):
     config = gpt2.GPT2Config(n_layer=1, n_head=1, n_embd=1)
     slots = np.array([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]], bool)
+    slots[:, 3 + num_queries :] = False
     cache = gpt2.init_cache(config, 2, 7)
     cache = dataclasses.replace(cache, mask=jnp.asarray(slots), length=jnp.int32(3))
-    mask = jax.device_get(jax.jit(attention.causal_mask)(slots[:, 3:5], None, cache))
-    assert mask.shape == (2, 1, 2, 7)
-    for b, t, s in np.ndindex(2, 2, 7):
+    mask = jax.device_get(
+        jax.jit(attention.causal_mask)(slots[:, 3 : 3 + num_queries], None, cache)
+    )
+    assert mask.shape == (2, 1, num_queries, 7)
+    for b, t, s in np.ndindex(2, num_queries, 7):
         assert mask[b, 0, t, s] == (slots[b, s] and s <= 3 + t)
 
 

@@ -58,8 +58,8 @@ def assert_matches_transformers(config: GPT2Config, state: dict[str, Any], numbe
     with jax.default_matmul_precision("float32"):
         prefilled, generated = jax.device_get(run_greedily(model, params, tokens, mask))
         logits = run(model, params, tokens, attention_mask=mask)
-    np.testing.assert_allclose(logits[mask], numbers.logits[mask], atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(prefilled[mask], numbers.logits[mask], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(logits[mask], numbers.logits[mask], atol=3e-5)
+    np.testing.assert_allclose(prefilled[mask], numbers.logits[mask], atol=3e-5)
     np.testing.assert_array_equal(generated, numbers.generated)
 
 
@@ -270,7 +270,7 @@ def test_remat_recomputes_each_block_and_changes_nothing(params):
     for model, num_recomputed in ((plain, 0), (again, TINY.n_layer)):
         program = jax.make_jaxpr(partial(apply, model))(params, TOKENS)
         names = [equation.primitive.name for equation in program.eqns]
-        assert names.count("remat") == num_recomputed
+        assert sum("remat" in name for name in names) == num_recomputed
     mask = LEFT.copy()
     mask[2] = False  # a row of padding only
 
