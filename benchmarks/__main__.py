@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import harness, machine
 
-MODULES = ("bellman", "returns", "environments", "ppo")
+MODULES = ("bellman", "returns", "environments", "ppo", "gpt2")
 COLUMNS = (
     "case",
     "median (quartiles)",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 PACKAGES = (
     "jax",
     "jaxlib",
+    "flax",
     "numpy",
     "quantecon",
     "pymdptoolbox",
@@ -25,6 +26,8 @@ PACKAGES = (
     "gymnax",
     "gymnasium",
     "icu-sepsis",
+    "torch",
+    "transformers",
 )
 
 CACHED_SIDE = 2048  # a float32 square of 16 MiB

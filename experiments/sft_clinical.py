@@ -52,17 +52,20 @@ def main(config: Config) -> dict[str, float]:
     config, settings = run.config, run.config.sft
     # The first two are the training loop's.
     init_key, order_key, answer_key = jax.random.split(jax.random.key(config.seed), 5)[2:]
-    examples = clinical_exam.pairs(clinical_text.examples(config.seed, 0, config.num_examples))
-    examples = examples if config.data is None else list(read_json_lines(config.data))
+    if config.data is None:
+        examples = clinical_exam.pairs(clinical_text.examples(config.seed, 0, config.num_examples))
+    else:
+        examples = list(read_json_lines(config.data))
     trainable = settings.optimizer.trainable
     base = base_model.make(config.base, config.model, examples, init_key, trainable=trainable)
-    length = min(settings.row_length, base.model.config.n_positions)
     exam = clinical_exam.make(config.seed, config.num_cases, base, batch_size=settings.batch_size)
     before = clinical_exam.sit(exam, base, answer_key, config.sampling)
+    length = min(settings.row_length, base.model.config.n_positions)
+    corpus = tokens.corpus(examples, base.tokenizer, length=length)
+    state = sft.start(settings, base.params, order_key)
+    size = {"num_steps": settings.num_steps, "items_per_step": settings.batch_size * length}
     state = experiment.train(
-        run, sft.make(settings, base.model), state=sft.start(settings, base.params, order_key),
-        data=tokens.corpus(examples, base.tokenizer, length=length), num_steps=settings.num_steps,
-        items_per_step=settings.batch_size * length, unit="tokens",
+        run, sft.make(settings, base.model), state=state, data=corpus, unit="tokens", **size,
         evaluate=lambda state: {"perplexity": exam.perplexity(base.model, state.train.params)},
     )  # fmt: skip
     learnt = base._replace(params=state.train.params)
@@ -73,9 +76,8 @@ def main(config: Config) -> dict[str, float]:
     footer = f"Perplexity cannot be below {floor:.3f}. {report.RESEARCH_ONLY}"
     report.show_change(title, before.measures, after.measures, footer=footer)
     experiment.draw_curve(run, "perplexity", {"floor": floor}, title=title, footer=footer)
-    return experiment.finish(
-        run, {"perplexity_floor": floor, **clinical_exam.change(before, after)}
-    )
+    result = {"perplexity_floor": floor, **clinical_exam.change(before, after)}
+    return experiment.finish(run, result)
 
 
 if __name__ == "__main__":

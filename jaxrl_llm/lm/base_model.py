@@ -100,7 +100,7 @@ def make(
         words = tokenizer.train(texts, vocab_size=config.vocab_size)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         shape = config.shape(len(words), **{name: getattr(words, name) for name in names})
-        trunk = None
+        trunk = {}
     else:
         words = tokenizer.load(directory)
         plain, trunk = hf_checkpoint.load(directory)
@@ -112,10 +112,12 @@ def make(
         lora=adapters.LoRA(rank=config.lora_rank) if trainable == "lora" else None,
         adapter_width=config.adapter_width if trainable == "adapter" else None,
     )
-    params = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    if trunk is not None:
-        params = adapters.attach(params, trunk)
-    return BaseModel(model, params, words)
+
+    @jax.jit  # so that nothing is drawn for the leaves that the trunk brings
+    def start(key: Key, trunk: PyTree) -> PyTree:
+        return adapters.attach(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], trunk)
+
+    return BaseModel(model, start(key, trunk), words)
 
 
 def export(directory: Path, base: BaseModel) -> Path | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jaxrl_llm import checks
 from jaxrl_llm.data import clinical_text, tokens
 from jaxrl_llm.data.clinical_text import Case, Score
 from jaxrl_llm.data.json_lines import Example
@@ -64,10 +65,20 @@ class Result(NamedTuple):
 
 
 def make(seed: int, num_cases: int, base: BaseModel, *, batch_size: int) -> Exam:
-    """An exam on the first `num_cases` held-out cases of stream `seed`, for `base`'s tokenizer."""
+    """An exam on the first `num_cases` held-out cases of stream `seed`, for `base`'s tokenizer.
+
+    Raises:
+      ValueError: if there are too few cases for an interval, or one is longer than the context of
+        the model: the floor is of whole responses.
+    """
+    checks.at_least("num_cases", num_cases, 2)
     examples = list(clinical_text.examples(seed, 0, num_cases, "held_out"))
     length = base.model.config.n_positions
-    corpus = tokens.corpus(pairs(examples), base.tokenizer, length=length)
+    encoding = tokens.encode_all(pairs(examples), base.tokenizer, max_length=length)
+    if num_cut := encoding.num_cut + encoding.num_dropped:
+        fault = f"{num_cut} of {num_cases} cases have more tokens than the model's context"
+        raise ValueError(f"{fault}, {length}; take a model with a longer one")
+    corpus = tokens.pack(encoding.sequences, length)
     _, counted = tokens.next_token_targets(corpus)
     entropy = sum(clinical_text.response_entropy(example.case) for example in examples)
     return Exam(

@@ -22,7 +22,7 @@ class Config:
     warmup_fraction: float = 0.03
     """Of the steps, over which the learning rate rises from 0."""
     final_fraction: float = 0.1
-    """Of the learning rate, left at the last step."""
+    """Of the learning rate, left at the end."""
     weight_decay: float = 0.1
     """Of matrices; biases and layer normalisation have none."""
     beta1: float = 0.9
@@ -40,8 +40,11 @@ class Config:
         """Raises ValueError, naming the field, unless steps can be taken."""
         for name in ("learning_rate", "epsilon", "max_gradient_norm"):
             checks.positive(name, getattr(self, name))
-        for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
+        for name in ("warmup_fraction", "final_fraction"):
             checks.between(name, getattr(self, name), 0, 1)
+        for name in ("beta1", "beta2"):
+            if not 0 <= (decay := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {decay}; it must be at least 0 and less than 1")
         checks.at_least("weight_decay", self.weight_decay, 0)
 
 
@@ -69,10 +72,12 @@ def make(config: Config, num_steps: int) -> optax.GradientTransformation:
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
     """The learning rate by step: a line up from 0, then half a cosine down."""
+    # The cosine needs a step, also where the warm-up would take all of them.
+    warmup_steps = min(round(config.warmup_fraction * num_steps), num_steps - 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_fraction * num_steps),
+        warmup_steps=warmup_steps,
         decay_steps=num_steps,
         end_value=config.final_fraction * config.learning_rate,
     )

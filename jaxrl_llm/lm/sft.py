@@ -1,7 +1,7 @@
 """Supervised fine-tuning: maximum likelihood of the responses in a corpus.
 
     algorithm = make(config, model)
-    state = start(config, model, params, key)
+    state = start(config, params, key)
     state, metrics = algorithm.step(step_key, state, corpus)
 
 The corpus is a `TokenBatch` of all its rows, `[N, L]`, on the device; each step takes the next
@@ -50,6 +50,9 @@ class Config:
         if self.chunk_size is not None:
             checks.at_least("chunk_size", self.chunk_size, 1)
         checks.divisible("batch_size", self.batch_size, "num_micro_batches", self.num_micro_batches)
+        if self.optimizer.trainable == "heads":
+            remedy = "text has no values to learn from: train all, adapter or lora"
+            raise ValueError(f"optimizer.trainable is heads; {remedy}")
 
 
 @struct.dataclass(kw_only=True)

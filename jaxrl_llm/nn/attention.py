@@ -17,35 +17,36 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, *, scale:
     """softmax(scale · query · keyᵀ) · value, the softmax in float32.
 
     On a GPU in half precision it is cuDNN's fused kernel, which never stores the scores; a single
-    query a row, as in decoding, has none worth fusing.
+    query a row, as in decoding, has none worth fusing. Elsewhere it is `weighted_sum(weights)`,
+    whose gradient takes a CPU half as long as that of `jax.nn.dot_product_attention`.
 
     Args:
-      query: `[B, T, H, D]`.
-      key: `[B, S, H, D]`.
-      value: `[B, S, H, D]`.
+      query: `[B, H, T, D]`.
+      key: `[B, H, S, D]`.
+      value: `[B, H, S, D]`.
       mask: bool, broadcast to `[B, H, T, S]`, True = attend; None is causal, with `T` = `S`.
       scale: of the scores.
 
     Returns:
-      `[B, T, H, D]`.
+      `[B, H, T, D]`.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    fits = query.shape[1] > 1 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    fused = half and fits and jax.default_backend() == "gpu"
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
+    fits = query.shape[-2] > 1 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    if not (half and fits and jax.default_backend() == "gpu"):
+        return weighted_sum(weights(query, key, mask, scale=scale), value)
+    attended = jax.nn.dot_product_attention(
+        *(part.swapaxes(1, 2) for part in (query, key, value)),
         mask=mask,
         scale=scale,
         is_causal=mask is None,
-        implementation="cudnn" if fused else "xla",
+        implementation="cudnn",
     )
+    return attended.swapaxes(1, 2)
 
 
 def weights(query: Array, key: Array, mask: Array | None, *, scale: float) -> Array:
     """softmax(scale · query · keyᵀ), `[B, H, T, S]` float32; arguments as in `attend`."""
-    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=jnp.float32)
     if mask is None:
         mask = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), bool))
     smallest = jnp.finfo(scores.dtype).min
@@ -53,8 +54,8 @@ def weights(query: Array, key: Array, mask: Array | None, *, scale: float) -> Ar
 
 
 def weighted_sum(weights: Array, value: Array) -> Array:
-    """weights · value, `[B, T, H, D]`, of `[B, H, T, S]` and `[B, S, H, D]`."""
-    return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
+    """weights · value, `[B, H, T, D]`, of `[B, H, T, S]` and `[B, H, S, D]`."""
+    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(value.dtype), value)
 
 
 def causal_mask(real: Array, segment: Array | None, cache: KVCache | None) -> Array:

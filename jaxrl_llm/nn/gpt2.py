@@ -249,12 +249,15 @@ class Attention(nn.Module):
         project = partial(Projection, config, self.dtype, self.lora)
         merged = project("attn.c_attn", 3 * config.n_embd, name="c_attn")(x)
         heads = (*x.shape[:2], config.n_head, config.head_width)
-        query, key, value = (part.reshape(heads) for part in jnp.split(merged, 3, axis=-1))
+        query, key, value = (
+            part.reshape(heads).swapaxes(1, 2) for part in jnp.split(merged, 3, axis=-1)
+        )
         written = None
         if cache is not None:
             keys, values, length = cache
-            written = _write(keys, key, length), _write(values, value, length)
-            key, value = (part.transpose(0, 2, 1, 3) for part in written)
+            key = jax.lax.dynamic_update_slice(keys, key, (0, 0, length, 0))
+            value = jax.lax.dynamic_update_slice(values, value, (0, 0, length, 0))
+            written = key, value
         scale = config.head_width**-0.5 if config.scale_attn_weights else 1.0
         scale = scale / (self.layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
         if deterministic or config.attn_pdrop == 0:
@@ -263,7 +266,7 @@ class Attention(nn.Module):
             weights = attention.weights(query, key, mask, scale=scale)
             weights = nn.Dropout(config.attn_pdrop, deterministic=False)(weights)
             attended = attention.weighted_sum(weights, value)
-        merged = attended.reshape(x.shape)
+        merged = attended.swapaxes(1, 2).reshape(x.shape)
         return project("attn.c_proj", config.n_embd, is_last=True, name="c_proj")(merged), written
 
 
@@ -310,13 +313,15 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.normal(deviation), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = x @ weight.astype(self.dtype) + _along_last(bias.astype(self.dtype), x)
-        if self.lora is None or self.target not in self.lora.targets or not is_on(self, "lora_a"):
-            return y
-        down = self.param("lora_a", nn.initializers.he_uniform(), (shape[0], self.lora.rank))
-        up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, shape[1]))
-        update = (x @ down.astype(self.dtype)) @ up.astype(self.dtype)
-        return y + self.lora.scale * update
+        # One axis of rows: the weight's gradient would transpose two, and take a CPU twice as long.
+        rows = x.reshape(-1, shape[0])
+        y = rows @ weight.astype(self.dtype) + bias.astype(self.dtype)[None]
+        if self.lora is not None and self.target in self.lora.targets and is_on(self, "lora_a"):
+            down = self.param("lora_a", nn.initializers.he_uniform(), (shape[0], self.lora.rank))
+            up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, shape[1]))
+            update = (rows @ down.astype(self.dtype)) @ up.astype(self.dtype)
+            y = y + self.lora.scale * update
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Embedding(nn.Module):
@@ -362,11 +367,6 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(variance + self.epsilon)
         return (normal * _along_last(weight, x) + _along_last(bias, x)).astype(self.dtype)
-
-
-def _write(slots: Array, new: Array, length: Array) -> Array:
-    """`slots` `[B, H, S, D]` with `new` `[B, T, H, D]` in those from `length` on."""
-    return jax.lax.dynamic_update_slice(slots, new.transpose(0, 2, 1, 3), (0, 0, length, 0))
 
 
 def _along_last(vector: Array, x: Array) -> Array:

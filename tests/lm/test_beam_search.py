@@ -92,6 +92,22 @@ def test_beam_search_with_room_for_all_equals_brute_force(
         assert len({len(tokens) for _, tokens in as_lists(found)}) > 1
 
 
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.3])
+def test_the_search_stops_no_sooner_than_the_best_is_certain(length_penalty):
+    model = tiny(4)
+    params = random_params(model, seed=1, scale=0.8)
+    config = BeamConfig(num_beams=64, max_new_tokens=4, length_penalty=length_penalty)
+    lengths = []
+    # One at a time, or each would go on until the last one stops.
+    for prompt in np.random.default_rng(0).integers(0, 4, (24, 3)):
+        score, tokens = as_lists(beam_search(model, params, prompt[None], None, config))[0]
+        best = brute_force(model, params, prompt, 4, (0,), length_penalty)[0]
+        assert tokens == best[1]
+        np.testing.assert_allclose(score, best[0], rtol=1e-5)
+        lengths.append(len(tokens))
+    assert len(set(lengths)) > 1
+
+
 def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
     model = tiny(3)
     config = BeamConfig(num_beams=16, num_returned=16, max_new_tokens=2, stop_tokens=(0, 1))
@@ -110,10 +126,8 @@ def test_one_beam_is_greedy_decoding(stop_tokens):
     batch = generate(MODEL, PARAMS, PROMPTS, MASK, jax.random.key(0), greedy)
     np.testing.assert_array_equal(found.tokens[:, 0], batch.tokens[:, 5:])
     np.testing.assert_array_equal(found.mask[:, 0], batch.response_mask[:, 5:])
-    length = found.mask[:, 0].sum(1)
-    np.testing.assert_allclose(
-        found.score[:, 0], np.sum(batch.log_probability, 1) / length, rtol=1e-5
-    )
+    length, log_probability = found.mask[:, 0].sum(1), np.asarray(batch.log_probability)
+    np.testing.assert_allclose(found.score[:, 0], log_probability.sum(1) / length, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])

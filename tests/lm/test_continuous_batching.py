@@ -36,8 +36,8 @@ def assert_same(batch, expected):
     np.testing.assert_allclose(batch.log_probability, expected.log_probability, atol=1e-5)
 
 
-# The ring of 6 - 1 + 12 slots is written around several times; rows that remain are fewer than are
-# refilled at a time; slots are more than rows.
+# The ring of 6 - 1 + 12 slots is written around, but where all 26 rows have slots of their own; the
+# last rows may be fewer than are refilled at a time.
 @pytest.mark.parametrize(("num_slots", "num_refilled"), [(1, 1), (4, 3), (5, 1), (6, 6), (32, 8)])
 def test_text_is_that_of_decoding_whatever_the_slots(num_slots, num_refilled):
     config = Config(max_new_tokens=12, num_samples=2, stop_tokens=(END, 4))
@@ -46,7 +46,7 @@ def test_text_is_that_of_decoding_whatever_the_slots(num_slots, num_refilled):
     expected = rollout(*arguments)
     length = np.sum(expected.response_mask, axis=1)
     assert len(set(length.tolist())) > 5
-    assert length.sum() > 2 * 17 * min(num_slots, 4)
+    assert length.sum() > 4 * 17
     assert_same(through_slots(*arguments, num_slots, num_refilled), expected)
 
 

@@ -22,8 +22,8 @@ def draw(*shape: int) -> Any:
     return RANDOM.normal(size=shape).astype(np.float32)
 
 
-QUERY = draw(ROWS, QUERIES, HEADS, WIDTH)
-KEY, VALUE = draw(ROWS, KEYS, HEADS, WIDTH), draw(ROWS, KEYS, HEADS, WIDTH)
+QUERY = draw(ROWS, HEADS, QUERIES, WIDTH)
+KEY, VALUE = draw(ROWS, HEADS, KEYS, WIDTH), draw(ROWS, HEADS, KEYS, WIDTH)
 MASK: Any = RANDOM.random((ROWS, 1, QUERIES, KEYS)) < 0.6
 MASK[0, 0, 1] = False  # a query that may attend to nothing
 MASK[1, 0, 2] = np.arange(KEYS) == 4  # and one that may attend to one key
@@ -31,15 +31,15 @@ MASK[1, 0, 2] = np.arange(KEYS) == 4  # and one that may attend to one key
 
 def naive_attention(query, key, value, mask) -> tuple[Any, Any]:
     """One softmax at a time in float64: weights `[B, H, T, S]` and what they sum to."""
-    shape = (len(query), query.shape[2], query.shape[1], key.shape[1])
+    shape = (*query.shape[:3], key.shape[2])
     weights, attended = np.zeros(shape), np.zeros(query.shape)
     for b, h, t in np.ndindex(*shape[:3]):
-        score = SCALE * key[b, :, h].astype(np.float64) @ query[b, t, h]
+        score = SCALE * key[b, h].astype(np.float64) @ query[b, h, t]
         weight = np.where(mask[b, 0, t], np.exp(score - score.max()), 0)
         if not mask[b, 0, t].any():
             weight = np.ones_like(score)
         weights[b, h, t] = weight / weight.sum()
-        attended[b, t, h] = weights[b, h, t] @ value[b, :, h]
+        attended[b, h, t] = weights[b, h, t] @ value[b, h]
     return weights, attended
 
 
@@ -54,7 +54,7 @@ def test_attend_and_weights_match_a_softmax_of_each_query(wrap):
 
 
 def test_attend_without_a_mask_is_causal():
-    query = KEY[:, ::-1]
+    query = KEY[:, :, ::-1]
     causal = np.tril(np.ones((ROWS, 1, KEYS, KEYS), bool))
     weights, attended = naive_attention(query, KEY, VALUE, causal)
     actual = attention.attend(query, KEY, VALUE, None, scale=SCALE)
@@ -65,9 +65,9 @@ def test_attend_without_a_mask_is_causal():
 
 
 def test_attend_gives_a_masked_key_exactly_nothing():
-    hidden = ~MASK.any(axis=(1, 2))[:, :, None, None]
+    hidden = ~MASK.any(axis=2)[..., None]
     mask = MASK & (np.arange(KEYS) != 2)
-    hidden |= np.arange(KEYS)[:, None, None] == 2
+    hidden |= np.arange(KEYS)[:, None] == 2
     mask[0, 0, 1, 0] = True  # a query without keys would weigh all of them alike
     attended = attention.attend(QUERY, KEY, VALUE, mask, scale=SCALE)
     for fill in (1e6, -1e6):
@@ -88,15 +88,15 @@ def test_attend_has_finite_gradients_where_a_query_attends_to_nothing():
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(QUERY, KEY, VALUE)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-    np.testing.assert_array_equal(gradients[0][0, 1], np.zeros((HEADS, WIDTH)))
+    np.testing.assert_array_equal(gradients[0][0, :, 1], np.zeros((HEADS, WIDTH)))
 
 
 def test_attend_in_half_precision_takes_its_softmax_in_float32():
     # 256 + small scores: in bfloat16 neighbouring scores would differ by 2.
     query = np.ones((1, 1, 1, WIDTH), np.float32)
-    key = np.full((1, 5, 1, WIDTH), 32, np.float32)
-    key[0, :, 0, 0] += [0, 0.25, 0.5, 0.75, 1]
-    value = np.arange(5, dtype=np.float32)[None, :, None, None].repeat(WIDTH, -1)
+    key = np.full((1, 1, 5, WIDTH), 32, np.float32)
+    key[0, 0, :, 0] += [0, 0.25, 0.5, 0.75, 1]
+    value = np.arange(5, dtype=np.float32)[None, None, :, None].repeat(WIDTH, -1)
     weight = np.exp([0, 0.25, 0.5, 0.75, 1.0])
     query, key, value = (jnp.asarray(array, jnp.bfloat16) for array in (query, key, value))
     actual = attention.attend(query, key, value, jnp.ones((1, 1, 1, 5), bool), scale=1.0)
@@ -108,14 +108,14 @@ def test_attend_in_half_precision_takes_its_softmax_in_float32():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel needs a GPU")
 @pytest.mark.parametrize("mask", [MASK, None], ids=["mask", "causal"])
 def test_attend_fused_matches_a_softmax_of_each_query(mask):
-    query = QUERY if mask is not None else KEY[:, ::-1]
+    query = QUERY if mask is not None else KEY[:, :, ::-1]
     allowed: Any = np.tril(np.ones((ROWS, 1, KEYS, KEYS), bool)) if mask is None else mask
     half = [jnp.asarray(array, jnp.bfloat16) for array in (query, KEY, VALUE)]
     _, attended = naive_attention(*(np.float32(array) for array in half), mask=allowed)
     actual = np.array(jax.jit(partial(attention.attend, scale=SCALE))(*half, mask), np.float32)
     # What a query that attends to nothing gives is its own affair, but must be finite.
     assert np.isfinite(actual).all()
-    anything = np.any(allowed, axis=-1)[:, 0]
+    anything = np.broadcast_to(np.any(allowed, axis=-1), actual.shape[:3])
     np.testing.assert_allclose(actual[anything], attended[anything], atol=0.03)
 
 
