@@ -15,8 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 from jaxrl_llm.data import clinical_text, tokens
 from jaxrl_llm.data.json_lines import read_json_lines
 from jaxrl_llm.lm import base_model, clinical_exam, generate, optimizer, sft
@@ -50,18 +48,15 @@ def main(config: Config) -> dict[str, float]:
     """Trains; shows perplexity, marks and samples before and after; saves the model."""
     run = experiment.open_run("sft_clinical", config)
     config, settings = run.config, run.config.sft
-    # The first two are the training loop's.
-    init_key, order_key, answer_key = jax.random.split(jax.random.key(config.seed), 5)[2:]
-    if config.data is None:
-        examples = clinical_exam.pairs(clinical_text.examples(config.seed, 0, config.num_examples))
-    else:
-        examples = list(read_json_lines(config.data))
-    trainable = settings.optimizer.trainable
+    init_key, order_key, answer_key = experiment.keys(run, 3)
+    data, trainable = config.data, settings.optimizer.trainable
+    synthetic = clinical_text.examples(config.seed, 0, config.num_examples)
+    examples = list(read_json_lines(data)) if data else clinical_exam.pairs(synthetic)
     base = base_model.make(config.base, config.model, examples, init_key, trainable=trainable)
-    exam = clinical_exam.make(config.seed, config.num_cases, base, batch_size=settings.batch_size)
-    before = clinical_exam.sit(exam, base, answer_key, config.sampling)
     length = min(settings.row_length, base.model.config.n_positions)
     corpus = tokens.corpus(examples, base.tokenizer, length=length)
+    exam = clinical_exam.make(config.seed, config.num_cases, base, batch_size=settings.batch_size)
+    before = clinical_exam.sit(exam, base, answer_key, config.sampling)
     state = sft.start(settings, base.params, order_key)
     size = {"num_steps": settings.num_steps, "items_per_step": settings.batch_size * length}
     state = experiment.train(

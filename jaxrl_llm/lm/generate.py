@@ -203,13 +203,18 @@ def respond(
       batch_size: prompts at a time; the responses do not depend on it.
 
     Raises:
-      ValueError: as `generate`, whose `tokens[i]` is the i-th prompt of a batch.
+      ValueError: if a prompt is empty; as `generate`, whose `tokens[i]` is the i-th prompt of a
+        batch.
     """
     checks.at_least("batch_size", batch_size, 1)
-    batch_size = min(batch_size, max(1, len(prompts)))
+    if not prompts:
+        return []
+    batch_size = min(batch_size, len(prompts))
     sequences = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    width = max((len(sequence.tokens) for sequence in sequences), default=0)
-    rows = pad(sequences, width, side="left")
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    if 0 in lengths:
+        raise ValueError(f"prompts[{lengths.index(0)}] is empty; give at least a word")
+    rows = pad(sequences, max(lengths), side="left")
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
     stop_tokens = decoding.end_tokens(model, config.stop_tokens)
     responses: list[Response] = []

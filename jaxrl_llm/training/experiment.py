@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from jaxrl_llm import checks
 from jaxrl_llm.training import checkpoint, logging, loop, plotting
 from jaxrl_llm.training.evaluate import SOLVERS, SolverRun, run_solver
-from jaxrl_llm.types import MDP, Algorithm, PyTree, SuccessorMDP
+from jaxrl_llm.types import MDP, Algorithm, Key, PyTree, SuccessorMDP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,12 @@ def open_run(name: str, config: ConfigT) -> Run[ConfigT]:
         run = Run(directory=directory, config=started, resumed=True)
     print(f"{name}: {'resuming' if run.resumed else 'writing'} {run.directory}", flush=True)
     return run
+
+
+def keys(run: Run[Any], count: int) -> Key:
+    """`[count]` keys of a run's own, for what is drawn outside of `train`."""
+    # `loop.run` splits the same root in two.
+    return jax.random.split(jax.random.key(run.config.seed), 2 + count)[2:]
 
 
 def train(

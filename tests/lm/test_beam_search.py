@@ -92,20 +92,57 @@ def test_beam_search_with_room_for_all_equals_brute_force(
         assert len({len(tokens) for _, tokens in as_lists(found)}) > 1
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.3])
-def test_the_search_stops_no_sooner_than_the_best_is_certain(length_penalty):
-    model = tiny(4)
-    params = random_params(model, seed=1, scale=0.8)
-    config = BeamConfig(num_beams=64, max_new_tokens=4, length_penalty=length_penalty)
-    lengths = []
-    # One at a time, or each would go on until the last one stops.
-    for prompt in np.random.default_rng(0).integers(0, 4, (24, 3)):
-        score, tokens = as_lists(beam_search(model, params, prompt[None], None, config))[0]
-        best = brute_force(model, params, prompt, 4, (0,), length_penalty)[0]
-        assert tokens == best[1]
-        np.testing.assert_allclose(score, best[0], rtol=1e-5)
-        lengths.append(len(tokens))
-    assert len(set(lengths)) > 1
+def bigram(probability) -> Any:
+    """A model, and its parameters, where a token depends on the last one alone."""
+    size = len(probability)
+    config = GPT2Config(
+        vocab_size=size,
+        n_positions=12,
+        n_embd=size,
+        n_layer=1,
+        n_head=1,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = GPT2(config)
+    params = jax.tree.map(jnp.zeros_like, random_params(model))
+    # The last normalisation sees a unit vector, and its bias makes it one again.
+    scale = np.sqrt((1 - 1 / size) / size + config.layer_norm_epsilon)
+    params["transformer"]["wte"]["weight"] = jnp.eye(size)
+    params["transformer"]["ln_f"] = {
+        "weight": jnp.full(size, scale),
+        "bias": jnp.full(size, 1 / size),
+    }
+    params["lm_head"]["weight"] = jnp.log(jnp.array(probability)).T
+    return model, params
+
+
+@pytest.mark.parametrize(
+    ("length_penalty", "first", "expected", "probability"),
+    [
+        # Were it to end now, no beam would be better than (0,); in six tokens one is.
+        (1.0, [0.55, 0.28, 0.17], (1, 1, 1, 1, 1, 1), 0.28 * 0.9**5),
+        (0.0, [0.55, 0.28, 0.17], (0,), 0.55),
+        # Longer is worse here, and 2 log .62 > log .3: the search goes on, for (1, 2) to be better.
+        (-1.0, [0.3, 0.62, 0.08], (1, 2), 0.62 * 0.9),
+        # 2 log .5 < log .37: it stops, and (1,), better than (0,) as far as it goes, has not ended.
+        (-1.0, [0.37, 0.5, 0.13], (0,), 0.37),
+    ],
+)
+def test_search_stops_when_the_best_is_certain_and_no_sooner(
+    length_penalty, first, expected, probability
+):
+    goes_on = [0.05, 0.9, 0.05] if length_penalty >= 0 else [0.05, 0.05, 0.9]
+    model, params = bigram([first, goes_on, first])
+    stops = (0, 2) if length_penalty < 0 else (0,)
+    config = BeamConfig(
+        num_beams=3, max_new_tokens=6, length_penalty=length_penalty, stop_tokens=stops
+    )
+    ((score, tokens),) = as_lists(beam_search(model, params, np.array([[0]]), None, config))
+    assert tokens == expected
+    exact = np.log(probability) / len(expected) ** length_penalty
+    np.testing.assert_allclose(score, exact, rtol=1e-5)
 
 
 def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
