@@ -28,14 +28,14 @@ from jaxrl_llm.types import Array, Key, KVCache, PyTree, TokenBatch
 
 # Weights that start larger than GPT-2's own make a greedy continuation depend on all that went
 # before; with those it soon repeats one token, which would hide most mistakes.
-COMMON: dict[str, Any] = {
+SHARED_FIELDS: dict[str, Any] = {
     "initializer_range": 0.1,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
 SIZES = {
-    "small": GPT2Config(**COMMON),
+    "small": GPT2Config(**SHARED_FIELDS),
     "tiny": GPT2Config(
         vocab_size=512,
         n_positions=256,
@@ -44,7 +44,7 @@ SIZES = {
         n_head=4,
         bos_token_id=0,
         eos_token_id=0,
-        **COMMON,
+        **SHARED_FIELDS,
     ),
 }
 
@@ -60,7 +60,7 @@ MORE_TRAINING_ROWS = {"small": (), "tiny": ((16, 32),)}
 LARGE_ROWS = (32, 1024)  # for accelerators
 KEPT_LOGITS_BYTES = 2**30  # beyond this, logits are made a chunk at a time, and made twice
 
-# Of greedy rows in float32: where two tokens nearly tie, rounding decides, and what follows differs.
+# Of greedy rows: where two tokens nearly tie, rounding decides, and what follows differs.
 DIFFERING_ROWS = 0.05
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
@@ -114,7 +114,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.prefill, model, tokens),
         agree=lambda ours, theirs: _close(model, ours[0], theirs[0]),
-        work=lambda _: _flops(model, rows, length, scored=1),
+        work=_flops_alone(model, rows, length, scored=1),
         **common,
     )
     yield Case(
@@ -123,7 +123,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.forward, model, tokens),
         agree=partial(_close, model),
-        work=lambda _: _flops(model, rows, length),
+        work=_flops_alone(model, rows, length),
         **common,
     )
     yield _train(size, model, rows, length)
@@ -133,7 +133,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.score, model, tokens),
         agree=lambda ours, theirs: _close(model, ours[:, 1:], theirs),
-        work=lambda _: _flops(model, rows, length),
+        work=_flops_alone(model, rows, length),
         **common,
     )
 
@@ -155,7 +155,7 @@ def _train(size: str, model: GPT2, rows: int, length: int) -> Case:
         unit="tokens",
         peer=partial(_peer, torch_peers.train, model, tokens, config.optimizer),
         agree=partial(_same_step, model),
-        work=lambda _: _flops(model, 3 * rows, length),  # forward, and twice as much backward
+        work=_flops_alone(model, 3 * rows, length),  # forward, and twice as much backward
     )
 
 
@@ -246,11 +246,17 @@ def decode_work(model: GPT2, batch: int, num_new: int) -> Mapping[str, float]:
 def _flops(model: GPT2, rows: int, length: int, scored: int | None = None) -> Mapping[str, float]:
     """Of a forward pass over whole rows, of which the last `scored` tokens (all) get logits."""
     if model.dtype != jnp.float32:
-        return {}  # the machine's limits have no rate of it
+        return {}  # of which the machine's limits have no rate
     config = model.config
     unscored = 0 if scored is None else length - scored
     row = length * config.forward_flops((length + 1) / 2)
     return {"float32_flops": rows * (row - unscored * 2 * config.n_embd * config.vocab_size)}
+
+
+def _flops_alone(*arguments: Any, **options: Any) -> Callable[[Any], Mapping[str, float]] | None:
+    """`_flops` as the work of a case; None where the machine's limits have no rate of them."""
+    flops = _flops(*arguments, **options)
+    return (lambda _: flops) if flops else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """What the tests of generation share: a tiny model, and its exact law by naive NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,12 @@ def random_params(model: GPT2, seed: int = 0, scale: float = 0.4):
     return jax.tree.map(
         lambda leaf: jnp.asarray(random.normal(0, scale, leaf.shape), leaf.dtype), shapes
     )
+
+
+@partial(jax.jit, static_argnames="model", compiler_options={"xla_backend_optimization_level": 0})
+def next_logits(model: GPT2, params, tokens, mask=None):
+    """Logits of the token after each, without a cache."""
+    return model.apply({"params": params}, tokens, attention_mask=mask)
 
 
 def law(

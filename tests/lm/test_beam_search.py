@@ -13,7 +13,7 @@ from jaxrl_llm.lm.beam_search import BeamConfig, beam_search, search
 from jaxrl_llm.lm.generate import Config, generate
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config
 from tests.golden import gpt2 as golden
-from tests.lm.generation import TINY, random_params
+from tests.lm.generation import TINY, next_logits, random_params
 
 MODEL: Any = GPT2(TINY)
 PARAMS = random_params(MODEL)
@@ -40,7 +40,7 @@ def brute_force(model, params, prompt, num_new, stop_tokens, length_penalty):
     vocab_size = model.config.vocab_size
     every = np.array(list(itertools.product(range(vocab_size), repeat=num_new)))
     rows = np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)
-    logits = model.apply({"params": params}, jnp.asarray(rows))[:, len(prompt) - 1 : -1]
+    logits = next_logits(model, params, rows)[:, len(prompt) - 1 : -1]
     log_pi = np.asarray(jax.nn.log_softmax(logits), np.float64)
     log_pi = np.take_along_axis(log_pi, every[:, :, None], -1)[..., 0]
     responses = {}
@@ -174,7 +174,7 @@ def test_the_score_is_that_of_the_response_and_falls(length_penalty):
     for row in range(3):
         rows = np.concatenate([np.tile(PROMPTS[row], (4, 1)), found.tokens[row]], axis=1)
         mask = np.concatenate([np.tile(MASK[row], (4, 1)), found.mask[row]], axis=1)
-        logits = MODEL.apply({"params": PARAMS}, jnp.asarray(rows), attention_mask=mask)
+        logits = next_logits(MODEL, PARAMS, rows, mask)
         log_pi = np.asarray(jax.nn.log_softmax(logits))[:, 4:-1]
         log_pi = np.take_along_axis(log_pi, np.asarray(found.tokens[row])[:, :, None], -1)[..., 0]
         written = np.asarray(found.mask[row])

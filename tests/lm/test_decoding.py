@@ -14,7 +14,7 @@ from jaxrl_llm.lm import decoding
 from jaxrl_llm.lm.decoding import Config
 from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import GPT2
-from tests.lm.generation import END, PADDING, TINY, VOCABULARY, law, random_params
+from tests.lm.generation import END, PADDING, TINY, VOCABULARY, law, next_logits, random_params
 
 MODEL: Any = GPT2(TINY)
 PARAMS = random_params(MODEL)
@@ -59,15 +59,10 @@ compiled = partial(
 rollout = compiled(decoding.rollout)
 
 
-@jax.jit
-def next_logits(params, tokens, mask):
-    return MODEL.apply({"params": params}, tokens, attention_mask=mask)
-
-
 def exact_log_probabilities(batch, prompt_length, *, params=PARAMS, forbid=None, **cut):
     """Naively, token by token, of every response token of `batch`; 0 elsewhere."""
     tokens, real = np.asarray(batch.tokens), np.asarray(batch.attention_mask)
-    logits = np.asarray(next_logits(params, batch.tokens, batch.attention_mask))
+    logits = np.asarray(next_logits(MODEL, params, batch.tokens, batch.attention_mask))
     expected = np.zeros(tokens.shape)
     for row, place in np.argwhere(np.asarray(batch.response_mask)):
         seen = set(tokens[row, :place][real[row, :place]])
@@ -87,7 +82,7 @@ def test_rollout_draws_the_first_two_tokens_from_the_exact_law(name):
     first, second = np.asarray(batch.tokens)[:, 4:].T
 
     after = np.concatenate([np.repeat(PROMPT, VOCABULARY, 0), np.arange(VOCABULARY)[:, None]], 1)
-    logits = np.asarray(next_logits(PARAMS, after, np.ones_like(after)))
+    logits = np.asarray(next_logits(MODEL, PARAMS, after))
     seen = set(PROMPT[0])
     pi = law(logits[0, 3], seen=seen, **LAWS[name])
     pi_after = np.array([law(logits[t, 4], seen=seen | {t}, **LAWS[name]) for t in range(len(pi))])
@@ -273,7 +268,7 @@ def test_rollout_over_many_keys_is_a_vmap():
 def test_greedy_takes_the_most_likely_token_and_keeps_the_models_own_log_probability():
     config = Config(max_new_tokens=8, temperature=0, top_k=3, stop_tokens=())
     batch = rollout(MODEL, PARAMS, RAGGED, RAGGED_MASK, jax.random.key(0), config)
-    logits = np.asarray(next_logits(PARAMS, batch.tokens, batch.attention_mask))
+    logits = np.asarray(next_logits(MODEL, PARAMS, batch.tokens, batch.attention_mask))
     np.testing.assert_array_equal(batch.tokens[:, 4:], logits[:, 3:-1].argmax(-1))
     expected = exact_log_probabilities(batch, 4)
     np.testing.assert_allclose(batch.log_probability, expected, atol=1e-4)
@@ -311,7 +306,7 @@ def test_bfloat16_draws_from_its_own_logits():
     np.testing.assert_allclose(stored, exact, atol=0.3)
     ratio = np.exp(exact - stored)
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(ratio.size) + 1e-3
-    logits = model.apply({"params": PARAMS}, batch.tokens, attention_mask=batch.attention_mask)
+    logits = next_logits(model, PARAMS, batch.tokens, batch.attention_mask)
     own = jax.nn.log_softmax(logits[:, 3:-1])
     own = np.take_along_axis(np.asarray(own), np.asarray(batch.tokens)[:, 4:, None], -1)[..., 0]
     np.testing.assert_allclose(stored, own, atol=0.1)

@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxrl_llm.lm import optimizer
+from jaxrl_llm.nn import adapters
 from tests.lm.tiny import as_float64, naive_adamw, naive_rate
 
 CONFIG = optimizer.Config(learning_rate=0.05, warmup_fraction=0.25, max_gradient_norm=2.0)
@@ -91,8 +92,9 @@ def test_only_what_is_trainable_moves_and_only_it_is_clipped(trainable):
     params, gradient = draw(0), draw(1)
     learns = {path for path in flatten_dict(params) if kind(path) in LEARNING[trainable]}
     # A frozen leaf's gradient, however long, is not part of the norm.
-    loud = jax.tree.map(lambda leaf, label: 1e6 * leaf if label == "freeze" else leaf, gradient,
-                        optimizer.adapters.labels(params, trainable))  # fmt: skip
+    scale = {"train": 1.0, "freeze": 1e6}
+    labels = adapters.labels(params, trainable)
+    loud = jax.tree.map(lambda leaf, label: scale[label] * leaf, gradient, labels)
     actual = flatten_dict(take_steps(config, 4, params, [loud]))
     leaves = [as_float64(flatten_dict(tree)) for tree in (params, gradient)]
     part = [{name: tree[name] for name in map(".".join, learns)} for tree in leaves]
