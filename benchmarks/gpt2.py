@@ -114,7 +114,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.prefill, model, tokens),
         agree=lambda ours, theirs: _close(model, ours[0], theirs[0]),
-        work=_flops_alone(model, rows, length, scored=1),
+        work=lambda _: _flops(model, rows, length, scored=1),
         **common,
     )
     yield Case(
@@ -123,7 +123,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.forward, model, tokens),
         agree=partial(_close, model),
-        work=_flops_alone(model, rows, length),
+        work=lambda _: _flops(model, rows, length),
         **common,
     )
     yield _train(size, model, rows, length)
@@ -133,7 +133,7 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
         arguments=lambda: (_weights(model.config, model.dtype), tokens),
         peer=partial(_peer, torch_peers.score, model, tokens),
         agree=lambda ours, theirs: _close(model, ours[:, 1:], theirs),
-        work=_flops_alone(model, rows, length),
+        work=lambda _: _flops(model, rows, length),
         **common,
     )
 
@@ -155,7 +155,7 @@ def _train(size: str, model: GPT2, rows: int, length: int) -> Case:
         unit="tokens",
         peer=partial(_peer, torch_peers.train, model, tokens, config.optimizer),
         agree=partial(_same_step, model),
-        work=_flops_alone(model, 3 * rows, length),  # forward, and twice as much backward
+        work=lambda _: _flops(model, 3 * rows, length),  # forward, and twice as much backward
     )
 
 
@@ -245,18 +245,11 @@ def decode_work(model: GPT2, batch: int, num_new: int) -> Mapping[str, float]:
 
 def _flops(model: GPT2, rows: int, length: int, scored: int | None = None) -> Mapping[str, float]:
     """Of a forward pass over whole rows, of which the last `scored` tokens (all) get logits."""
-    if model.dtype != jnp.float32:
-        return {}  # of which the machine's limits have no rate
     config = model.config
     unscored = 0 if scored is None else length - scored
     row = length * config.forward_flops((length + 1) / 2)
-    return {"float32_flops": rows * (row - unscored * 2 * config.n_embd * config.vocab_size)}
-
-
-def _flops_alone(*arguments: Any, **options: Any) -> Callable[[Any], Mapping[str, float]] | None:
-    """`_flops` as the work of a case; None where the machine's limits have no rate of them."""
-    flops = _flops(*arguments, **options)
-    return (lambda _: flops) if flops else None
+    flops = rows * (row - unscored * 2 * config.n_embd * config.vocab_size)
+    return {f"{jnp.dtype(model.dtype).name}_flops": flops}
 
 
 @functools.lru_cache(maxsize=1)

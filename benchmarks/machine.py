@@ -51,6 +51,7 @@ class Limits:
       written_bytes: written to a freshly allocated output of 256 MiB.
       float32_flops: of a matrix product at JAX's default precision.
       float64_flops: the same in float64; None where the device has none.
+      bfloat16_flops: the same in bfloat16; None on a CPU, where nothing here computes in it.
     """
 
     cached_bytes: float
@@ -58,6 +59,7 @@ class Limits:
     written_bytes: float
     float32_flops: float
     float64_flops: float | None
+    bfloat16_flops: float | None = None
 
 
 @functools.cache
@@ -75,6 +77,7 @@ def limits() -> Limits:
         written_bytes=_write_rate(),
         float32_flops=_product_rate(side, jnp.float32),
         float64_flops=float64_flops,
+        bfloat16_flops=None if platform_name == "cpu" else _product_rate(side, jnp.bfloat16),
     )
 
 

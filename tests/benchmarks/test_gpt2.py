@@ -129,11 +129,11 @@ def test_cases_of_an_accelerator_compute_in_bfloat16(cases, monkeypatch):
     decode = cases["decode-small-4-cache-38"]
     assert harness.call(decode).shape == (4, 38)
     assert decode.work is not None
-    (moved,) = decode.work(None).values()
-    assert moved == gpt2.decode_work(GPT2(MICRO), 4, 6)["cached_bytes"] / 2
+    work, in_float32 = decode.work(None), gpt2.decode_work(GPT2(MICRO), 4, 6)
+    assert work["cached_bytes"] == in_float32["cached_bytes"] / 2
+    assert work["bfloat16_flops"] == in_float32["float32_flops"]
     _, cache = harness.call(cases["prefill-small-3x11"])
     assert {leaf.dtype for leaf in cache.keys} == {jnp.dtype(jnp.bfloat16)}
-    assert cases["prefill-small-3x11"].work is None
 
 
 @pytest.mark.parametrize(("rows", "chunk_size"), [((16, 1024), None), ((32, 1024), 1024)])

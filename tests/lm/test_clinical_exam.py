@@ -48,9 +48,8 @@ def test_pairs_are_the_prompt_and_what_is_learnt_of_it():
 
 def test_make_examines_held_out_cases_and_every_token_of_their_responses(exam, base):
     assert exam.cases == [example.case for example in held_out()]
-    assert not set(clinical_text.prompt(case) for case in exam.cases) & {
-        pair.prompt for pair in TRAINING
-    }
+    prompts = {clinical_text.prompt(case) for case in exam.cases}
+    assert prompts.isdisjoint(pair.prompt for pair in TRAINING)
     counted = sum(int(np.asarray(batch.response_mask).sum()) for batch in exam.batches)
     encode = base.tokenizer.encode
     assert counted == sum(len(encode(example.completion)) + 1 for example in held_out())
@@ -80,7 +79,7 @@ def test_perplexity_is_that_of_the_responses_one_a_row(exam, base):
 
 
 def test_make_refuses_an_exam_that_is_too_small_or_too_long(base):
-    with pytest.raises(ValueError, match="^num_cases is 1; it must be at least 2$"):
+    with pytest.raises(ValueError, match=r"^num_cases is 1; it must be at least 2$"):
         clinical_exam.make(3, 1, base, batch_size=2)
     with pytest.raises(ValueError, match="none of 7 examples has a response within max_length, 9"):
         clinical_exam.make(3, NUM_CASES, with_context(base, 9), batch_size=2)

@@ -15,7 +15,15 @@ from jaxrl_llm.data.tokens import Tokens, pack, pad
 from jaxrl_llm.lm.likelihood import token_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import TokenBatch
-from tests.lm.tiny import CONTEXT, MODEL, SHAPE, VOCABULARY, naive_likelihood, random_sequences
+from tests.lm.tiny import (
+    CONTEXT,
+    MODEL,
+    SHAPE,
+    VOCABULARY,
+    naive_likelihood,
+    quick_jit,
+    random_sequences,
+)
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
 SEQUENCES = random_sequences(9, 8)
@@ -24,7 +32,7 @@ LAYOUTS: dict[str, Any] = {
     "right": partial(pad, length=CONTEXT),
     "packed": partial(pack, length=CONTEXT),
 }
-likelihood = jax.jit(token_likelihood, static_argnames=("model", "chunk_size"))
+likelihood = quick_jit(token_likelihood, static_argnames=("model", "chunk_size"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,7 @@ def test_token_likelihood_of_bfloat16_is_of_the_logits_that_it_samples_from(para
     model = GPT2(SHAPE, dtype=jnp.bfloat16)
     batch = pad(SEQUENCES, CONTEXT)
     found = likelihood(model, params, batch)
-    logits: Any = jax.jit(model.apply)(
+    logits: Any = quick_jit(model.apply)(
         {"params": params}, batch.tokens, attention_mask=batch.attention_mask
     )
     log_pi = np.asarray(jax.nn.log_softmax(logits))

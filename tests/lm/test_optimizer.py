@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.nn import adapters
-from tests.lm.tiny import as_float64, naive_adamw, naive_rate
+from tests.lm.tiny import as_float64, naive_adamw, naive_rate, quick_jit
 
 CONFIG = optimizer.Config(learning_rate=0.05, warmup_fraction=0.25, max_gradient_norm=2.0)
 # One leaf of each kind, and a vector that decays nowhere.
@@ -47,7 +47,7 @@ def kind(path: tuple[str, ...]) -> str:
 def take_steps(config: optimizer.Config, num_steps: int, params: Any, gradients: list[Any]) -> Any:
     transformation = optimizer.make(config, num_steps)
     state = transformation.init(params)
-    step = jax.jit(transformation.update)
+    step = quick_jit(transformation.update)
     for gradient in gradients:
         updates, state = step(gradient, state, params)
         params = optax.apply_updates(params, updates)
