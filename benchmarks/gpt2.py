@@ -20,11 +20,12 @@ import numpy as np
 from benchmarks import torch_peers
 from benchmarks.harness import Case, Peer
 from benchmarks.returns import CACHED_BYTES
-from jaxrl_llm.lm import decoding, generate, sft
+from jaxrl_llm.lm import decoding, generate, optimizer, sft
 from jaxrl_llm.lm.likelihood import token_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config, init_cache
 from jaxrl_llm.numerics import token_log_probabilities
-from jaxrl_llm.types import Array, Key, KVCache, PyTree, TokenBatch
+from jaxrl_llm.training import loop
+from jaxrl_llm.types import Array, Key, KVCache, Mean, PyTree, TokenBatch
 
 # Weights that start larger than GPT-2's own make a greedy continuation depend on all that went
 # before; with those it soon repeats one token, which would hide most mistakes.
@@ -56,6 +57,7 @@ LARGE_BATCH = 256  # for accelerators, with caches that fill up to these lengths
 LARGE_CACHES = (256, 512)
 
 ROWS = (8, 128)  # [B, L]
+TRAINING_STEPS = {"small": 2, "tiny": 16}  # of a call; the peer takes one
 MORE_TRAINING_ROWS = {"small": (), "tiny": ((16, 32),)}
 LARGE_ROWS = (32, 1024)  # for accelerators
 KEPT_LOGITS_BYTES = 2**30  # beyond this, logits are made a chunk at a time, and made twice
@@ -140,22 +142,40 @@ def _dense(size: str, model: GPT2, rows: int, length: int) -> Iterable[Case]:
 
 def _train(size: str, model: GPT2, rows: int, length: int) -> Case:
     tokens = _tokens(model, rows, length)
-    chunk_size = _chunk_size(model, tokens)
-    config = sft.Config(batch_size=rows, row_length=length, chunk_size=chunk_size)
+    num_steps = TRAINING_STEPS[size]
+    # So small a rate that the weights stay, hence every step, and the peer's, is the same one.
+    adamw = optimizer.Config(learning_rate=1e-30)
+    config = sft.Config(
+        num_steps=num_steps,
+        batch_size=rows,
+        row_length=length,
+        chunk_size=_chunk_size(model, tokens),
+        optimizer=adamw,
+    )
 
     def arguments() -> tuple:
         params = jax.tree.map(jnp.copy, _parameters(model.config))  # donated
         return jax.random.key(0), sft.start(config, params, jax.random.key(1)), _batch(tokens)
 
+    def train(key: Key, state: sft.State, batch: TokenBatch) -> tuple[sft.State, dict[str, Mean]]:
+        """As `loop.run` does it: some steps in one program, so that memory is touched once."""
+        step = partial(sft.update, config, model)
+        first = step(key, state, batch)
+        return jax.lax.fori_loop(1, num_steps, lambda _, carry: step(key, carry[0], batch), first)
+
+    on_cpu = jax.default_backend() == "cpu"
     return Case(
         name=f"train-{size}-{rows}x{length}",
-        function=jax.jit(partial(sft.update, config, model), donate_argnums=1),
+        function=jax.jit(
+            train, donate_argnums=1, compiler_options=loop.SEQUENTIAL if on_cpu else None
+        ),
         arguments=arguments,
-        items=rows * length,
+        items=num_steps * rows * length,
         unit="tokens",
-        peer=partial(_peer, torch_peers.train, model, tokens, config.optimizer),
+        peer=partial(_peer, torch_peers.train, model, tokens, adamw),
         agree=partial(_same_step, model),
-        work=lambda _: _flops(model, 3 * rows, length),  # forward, and twice as much backward
+        # Forward, and twice as much backward.
+        work=lambda _: _flops(model, 3 * num_steps * rows, length),
     )
 
 

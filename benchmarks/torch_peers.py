@@ -120,7 +120,7 @@ def train(
         adam.zero_grad()
         return loss.detach(), norm
 
-    return Peer(NAME, _waited_for(torch, step))
+    return Peer(NAME, _waited_for(torch, step), items=inputs.numel())
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

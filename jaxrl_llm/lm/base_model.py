@@ -49,8 +49,14 @@ class Config:
             checks.at_least(name, getattr(self, name), 1)
         self.shape(self.vocab_size).validate()
 
-    def shape(self, vocab_size: int, **tokens: int) -> GPT2Config:
-        """Of the small model. It has no dropout: it trains on text that it does not see twice."""
+    def shape(self, vocab_size: int, end: int = 0, padding: int | None = None) -> GPT2Config:
+        """Of the small model. It has no dropout: it trains on text that it does not see twice.
+
+        Args:
+          vocab_size: tokens there are.
+          end: the one that ends a text, and begins it.
+          padding: the one that fills a row.
+        """
         return GPT2Config(
             vocab_size=vocab_size,
             n_positions=self.n_positions,
@@ -60,7 +66,9 @@ class Config:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            **({"bos_token_id": 0, "eos_token_id": 0} | tokens),
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=padding,
         )
 
 
@@ -97,9 +105,8 @@ def make(
     """
     if directory is None:
         texts = ("".join(piece.text for piece in example.pieces) for example in examples)
-        words = tokenizer.train(texts, vocab_size=config.vocab_size)
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        shape = config.shape(len(words), **{name: getattr(words, name) for name in names})
+        words: Any = tokenizer.train(texts, vocab_size=config.vocab_size)
+        shape = config.shape(len(words), words.eos_token_id, words.pad_token_id)
         trunk = {}
     else:
         words = tokenizer.load(directory)

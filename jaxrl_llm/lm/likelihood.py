@@ -49,7 +49,7 @@ def token_likelihood(
     options: dict[str, Any] = {"attention_mask": batch.attention_mask, "segment": batch.segment}
     if dropout_key is not None:
         options |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
-    hidden = model.apply({"params": params}, batch.tokens, **options, method="hidden_states")
+    hidden: Any = model.apply({"params": params}, batch.tokens, **options, method="hidden_states")
     targets, mask = next_token_targets(batch)
     # In the model's own precision, so that these are the logits it samples from.
     embedding = gpt2.output_embedding(params).astype(hidden.dtype)

@@ -11,7 +11,7 @@ step alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def next_batch(config: Config, state: State, corpus: TokenBatch) -> TokenBatch:
     steps_per_epoch = max(num_rows // config.batch_size, 1)
     epoch, place = jnp.divmod(state.train.step, steps_per_epoch)
     order = random_permutation(jax.random.fold_in(state.order_key, epoch), num_rows)
-    order = jnp.resize(order, max(num_rows, config.batch_size))
+    order = jnp.resize(order, (max(num_rows, config.batch_size),))
     rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
     return jax.tree.map(lambda leaf: leaf[rows], corpus)
 
@@ -112,7 +112,7 @@ def update(
     params = optax.apply_updates(train.params, updates)
     train = TrainState(params=params, opt_state=opt_state, step=train.step + 1)
     norm = Mean.of(optax.tree.norm(gradient))
-    return state.replace(train=train), {"loss": loss, "gradient_norm": norm}
+    return replace(state, train=train), {"loss": loss, "gradient_norm": norm}
 
 
 def gradient_of_mean(

@@ -117,6 +117,7 @@ def train(
     evaluate: Callable[[PyTree], Mapping[str, Any]],
     state: PyTree | None = None,
     data: PyTree | None = None,
+    sequential: bool = False,
     unit: str = "steps",
 ) -> PyTree:
     """Trains one learner, from the start or the newest sound checkpoint, logging and saving.
@@ -129,6 +130,7 @@ def train(
       evaluate: state -> more metrics of that moment, to be logged.
       state: to start from, DONATED; by default the algorithm's own. A checkpoint takes precedence.
       data: as in `loop.run`.
+      sequential: as in `loop.run`.
       unit: of the items, in the plural.
 
     Returns:
@@ -151,6 +153,7 @@ def train(
             state=state if restored is None else restored,
             start=begin,
             data=data,
+            sequential=sequential,
             unit=unit,
         )
 

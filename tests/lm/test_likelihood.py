@@ -15,13 +15,13 @@ from jaxrl_llm.data.tokens import Tokens, pack, pad
 from jaxrl_llm.lm.likelihood import token_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import TokenBatch
+from tests.lm import tiny
 from tests.lm.tiny import (
     CONTEXT,
     MODEL,
     SHAPE,
     VOCABULARY,
     naive_likelihood,
-    quick_jit,
     random_sequences,
 )
 from tests.nn.tiny_gpt2 import fast_key, random_params
@@ -32,7 +32,8 @@ LAYOUTS: dict[str, Any] = {
     "right": partial(pad, length=CONTEXT),
     "packed": partial(pack, length=CONTEXT),
 }
-likelihood = quick_jit(token_likelihood, static_argnames=("model", "chunk_size"))
+quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
+likelihood = jax.jit(token_likelihood, static_argnames=("model", "chunk_size"))
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +115,12 @@ def test_token_likelihood_of_bfloat16_is_of_the_logits_that_it_samples_from(para
     model = GPT2(SHAPE, dtype=jnp.bfloat16)
     batch = pad(SEQUENCES, CONTEXT)
     found = likelihood(model, params, batch)
-    logits: Any = quick_jit(model.apply)(
+    logits: Any = jax.jit(model.apply)(
         {"params": params}, batch.tokens, attention_mask=batch.attention_mask
     )
     log_pi = np.asarray(jax.nn.log_softmax(logits))
-    expected = np.take_along_axis(log_pi[:, :-1], batch.tokens[:, 1:, None], axis=-1)[..., 0]
+    targets = np.asarray(batch.tokens)[:, 1:, None]
+    expected = np.take_along_axis(log_pi[:, :-1], targets, axis=-1)[..., 0]
     expected = np.where(found.mask[:, 1:], expected, 0)
     assert found.log_probability.dtype == found.entropy.dtype == jnp.float32
     # Compiled together, the hidden states may be rounded elsewhere: within a few bfloat16 steps.

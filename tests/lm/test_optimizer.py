@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.nn import adapters
-from tests.lm.tiny import as_float64, naive_adamw, naive_rate, quick_jit
+from tests.lm import tiny
+from tests.lm.tiny import as_float64, naive_adamw, naive_rate
+from tests.nn.tiny_gpt2 import flat
 
+quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 CONFIG = optimizer.Config(learning_rate=0.05, warmup_fraction=0.25, max_gradient_norm=2.0)
 # One leaf of each kind, and a vector that decays nowhere.
 SHAPES = {
@@ -47,7 +49,7 @@ def kind(path: tuple[str, ...]) -> str:
 def take_steps(config: optimizer.Config, num_steps: int, params: Any, gradients: list[Any]) -> Any:
     transformation = optimizer.make(config, num_steps)
     state = transformation.init(params)
-    step = quick_jit(transformation.update)
+    step = jax.jit(transformation.update)
     for gradient in gradients:
         updates, state = step(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -59,11 +61,11 @@ def test_make_equals_adamw_by_its_formula_from_warm_up_to_the_end():
     # The first two are clipped, the third is not, and the last is zero but for its momentum.
     gradients = [draw(seed, scale) for seed, scale in ((1, 9.0), (2, 3.0), (3, 0.1), (4, 0.0))]
     actual = take_steps(CONFIG, 4, params, gradients)
-    leaves = [as_float64(flatten_dict(tree)) for tree in (params, *gradients)]
+    leaves = [as_float64(flat(tree)) for tree in (params, *gradients)]
     # Of a zero gradient the norm is no divisor.
     leaves[-1] = {name: leaf + 1e-30 for name, leaf in leaves[-1].items()}
     expected = naive_adamw(CONFIG, 4, leaves[0], leaves[1:])
-    for name, leaf in as_float64(flatten_dict(actual)).items():
+    for name, leaf in as_float64(flat(actual)).items():
         np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -80,8 +82,8 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
     params = draw(0)
     config = replace(CONFIG, warmup_fraction=0.0)
     gradient = jax.tree.map(jnp.zeros_like, params)
-    decayed = flatten_dict(take_steps(config, 4, params, [gradient]))
-    for path, leaf in flatten_dict(params).items():
+    decayed = flat(take_steps(config, 4, params, [gradient]))
+    for path, leaf in flat(params).items():
         factor = 1 - config.learning_rate * config.weight_decay if leaf.ndim == 2 else 1
         np.testing.assert_allclose(decayed[path], factor * leaf, rtol=1e-6)
 
@@ -90,16 +92,16 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
 def test_only_what_is_trainable_moves_and_only_it_is_clipped(trainable):
     config = replace(CONFIG, trainable=trainable, warmup_fraction=0.0)
     params, gradient = draw(0), draw(1)
-    learns = {path for path in flatten_dict(params) if kind(path) in LEARNING[trainable]}
+    learns = {path for path in flat(params) if kind(path) in LEARNING[trainable]}
     # A frozen leaf's gradient, however long, is not part of the norm.
     scale = {"train": 1.0, "freeze": 1e6}
     labels = adapters.labels(params, trainable)
     loud = jax.tree.map(lambda leaf, label: scale[label] * leaf, gradient, labels)
-    actual = flatten_dict(take_steps(config, 4, params, [loud]))
-    leaves = [as_float64(flatten_dict(tree)) for tree in (params, gradient)]
+    actual = flat(take_steps(config, 4, params, [loud]))
+    leaves = [as_float64(flat(tree)) for tree in (params, gradient)]
     part = [{name: tree[name] for name in map(".".join, learns)} for tree in leaves]
     expected = naive_adamw(config, 4, part[0], part[1:])
-    for path, leaf in flatten_dict(params).items():
+    for path, leaf in flat(params).items():
         if path in learns:
             np.testing.assert_allclose(actual[path], expected[".".join(path)], atol=1e-6)
         else:
@@ -140,8 +142,8 @@ def test_freeze_changes_no_value_and_stops_the_gradient_of_the_rest(trainable):
     def squares(params: Any) -> Any:
         return optax.tree.norm(optimizer.freeze(params, trainable), squared=True) / 2
 
-    gradient = flatten_dict(jax.grad(squares)(params))
-    for path, leaf in flatten_dict(params).items():
+    gradient = flat(jax.grad(squares)(params))
+    for path, leaf in flat(params).items():
         learns = kind(path) in LEARNING[trainable]
         np.testing.assert_array_equal(gradient[path], leaf if learns else jnp.zeros_like(leaf))
 

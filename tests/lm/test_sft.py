@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxrl_llm.data.tokens import Tokens, pack, pad
 from jaxrl_llm.lm import optimizer, sft
@@ -18,8 +17,8 @@ from jaxrl_llm.nn.adapters import LoRA
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import TokenBatch
 from tests.lm import tiny
-from tests.lm.tiny import CONTEXT, END, MODEL, PADDING, SHAPE, quick_jit
-from tests.nn.tiny_gpt2 import fast_key, random_params
+from tests.lm.tiny import CONTEXT, END, MODEL, PADDING, SHAPE
+from tests.nn.tiny_gpt2 import fast_key, flat, random_params
 
 ADAMW = optimizer.Config(learning_rate=0.01, warmup_fraction=0.25)
 CONFIG = sft.Config(num_steps=4, batch_size=8, row_length=CONTEXT, chunk_size=None, optimizer=ADAMW)
@@ -29,7 +28,8 @@ SEQUENCES = [
     for row, sequence in enumerate(tiny.random_sequences(17, 9))
 ]
 BATCH = pack(SEQUENCES, CONTEXT)
-gradient_of_mean = quick_jit(sft.gradient_of_mean, static_argnums=(0, 1))
+quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
+gradient_of_mean = jax.jit(sft.gradient_of_mean, static_argnums=(0, 1))
 
 
 def loss_and_gradient(params: Any, batch: TokenBatch) -> Any:
@@ -49,7 +49,7 @@ def update(params) -> Any:
 
 def compiled_update(config: sft.Config, model: GPT2, params: Any) -> Any:
     state = sft.start(config, params, fast_key(0))
-    jitted = quick_jit(sft.update, static_argnums=(0, 1))
+    jitted = jax.jit(sft.update, static_argnums=(0, 1))
     return jitted.lower(config, model, fast_key(0), state, BATCH).compile()
 
 
@@ -71,7 +71,7 @@ def test_gradient_of_mean_is_that_of_the_naive_mean_one_sequence_a_row(params):
         counted = rows.response_mask[:, 1:]
         return -jnp.sum(jnp.where(counted, chosen, 0)) / counted.sum()
 
-    loss, expected = quick_jit(jax.value_and_grad(naive))(params)
+    loss, expected = jax.jit(jax.value_and_grad(naive))(params)
     gradient, mean = loss_and_gradient(params, BATCH)
     np.testing.assert_allclose(mean.mean, loss, rtol=1e-5)
     assert int(mean.weight) == sum(sequence.num_targets for sequence in SEQUENCES)
@@ -96,17 +96,17 @@ def test_what_follows_the_end_token_changes_no_bit_of_loss_or_gradient(params):
     noise = np.random.default_rng(0).integers(2, tiny.VOCABULARY, padding.shape)
     for filler in (noise, END, PADDING):
         tokens = np.where(padding, filler, BATCH.tokens).astype(np.int32)
-        assert_same(loss_and_gradient(params, BATCH.replace(tokens=tokens)), expected)
+        assert_same(loss_and_gradient(params, replace(BATCH, tokens=tokens)), expected)
 
 
 def test_tokens_after_the_response_change_no_bit_even_where_they_are_read(params):
     rows = pad(SEQUENCES[:8], CONTEXT)
     lengths = np.array([len(sequence.tokens) for sequence in SEQUENCES[:8]])
     tail = np.arange(CONTEXT) >= lengths[:, None]
-    rows = rows.replace(attention_mask=np.ones_like(tail), segment=np.ones(tail.shape, np.int32))
+    rows = replace(rows, attention_mask=np.ones_like(tail), segment=np.int32(np.ones(tail.shape)))
     noise = np.random.default_rng(0).integers(2, tiny.VOCABULARY, tail.shape)
     tokens = np.where(tail, noise, rows.tokens).astype(np.int32)
-    scrambled = loss_and_gradient(params, rows.replace(tokens=tokens))
+    scrambled = loss_and_gradient(params, replace(rows, tokens=tokens))
     assert_same(scrambled, loss_and_gradient(params, rows))
 
 
@@ -115,15 +115,15 @@ def test_update_equals_adamw_by_its_formula_over_three_steps(params, update):
     gradients = []
     for step in range(3):
         gradient, mean = loss_and_gradient(state.train.params, BATCH)
-        gradients.append(tiny.as_float64(flatten_dict(gradient)))
+        gradients.append(tiny.as_float64(flat(gradient)))
         state, metrics = update(fast_key(step), state, BATCH)
         norm = np.sqrt(sum((leaf**2).sum() for leaf in gradients[-1].values()))
         np.testing.assert_allclose(metrics["loss"].mean, mean.mean, rtol=1e-6)
         np.testing.assert_allclose(metrics["gradient_norm"].mean, norm, rtol=1e-5)
         assert int(state.train.step) == step + 1
-    before = tiny.as_float64(flatten_dict(params))
+    before = tiny.as_float64(flat(params))
     expected = tiny.naive_adamw(ADAMW, CONFIG.num_steps, before, gradients)
-    for name, leaf in tiny.as_float64(flatten_dict(state.train.params)).items():
+    for name, leaf in tiny.as_float64(flat(state.train.params)).items():
         # Adam divides by the root of v: where a gradient is all rounding, so is its step. Attention
         # does not feel a bias of its keys.
         if not name.endswith("c_attn.bias"):
@@ -136,12 +136,8 @@ def test_dropout_is_drawn_anew_for_every_key_and_micro_batch(params):
     nothing = np.zeros((4, CONTEXT), bool)
 
     def total(seed: int, *response_masks: Any) -> float:
-        half = [leaf[:4] for leaf in (BATCH.tokens, BATCH.attention_mask, BATCH.segment)]
-        tokens, attention, segment = (np.concatenate([leaf, leaf]) for leaf in half)
-        response = np.concatenate(response_masks)
-        rows = TokenBatch(
-            tokens=tokens, attention_mask=attention, segment=segment, response_mask=response
-        )
+        rows = jax.tree.map(lambda leaf: np.concatenate([leaf[:4], leaf[:4]]), BATCH)
+        rows = replace(rows, response_mask=np.concatenate(response_masks))
         return float(gradient_of_mean(halves, model, fast_key(seed), params, rows)[1].total)
 
     counted = np.asarray(BATCH.response_mask)[:4]
@@ -170,9 +166,9 @@ def test_only_the_trainable_part_moves_and_no_gradient_of_the_trunk_is_computed(
     # A step has three parts: forward, and backward to activations and to weights.
     assert program.cost_analysis()["flops"] < 0.75 * update.cost_analysis()["flops"]
     stepped, _ = program(fast_key(0), state, BATCH)
-    after = flatten_dict(stepped.train.params)
+    after = flat(stepped.train.params)
     moved = set()
-    for path, leaf in flatten_dict(state.train.params).items():
+    for path, leaf in flat(state.train.params).items():
         if any(name.startswith(part) for name in path):
             assert (np.asarray(after[path]) != leaf).any()
             moved.add(path)
@@ -192,9 +188,9 @@ def rows_by_step(num_rows: int, batch_size: int, num_steps: int, seed: int = 0) 
     config = replace(CONFIG, batch_size=batch_size)
     state = sft.start(config, {"transformer": {"weight": jnp.zeros(2)}}, fast_key(seed))
 
-    @quick_jit
+    @jax.jit
     def at(step: Any) -> Any:
-        now = state.replace(train=state.train.replace(step=step))
+        now = replace(state, train=replace(state.train, step=step))
         return sft.next_batch(config, now, numbered(num_rows)).tokens
 
     rows = np.stack([at(jnp.int32(step)) for step in range(num_steps)])
@@ -239,8 +235,8 @@ def test_training_learns_eight_sequences_by_heart(dtype):
         for row, tail in enumerate(np.random.default_rng(0).integers(2, 29, size=(8, 6)))
     ]
     algorithm = sft.make(config, model)
-    state = quick_jit(algorithm.init)(fast_key(0))
-    step, corpus, losses = quick_jit(algorithm.step), pad(sequences, CONTEXT), []
+    state = jax.jit(algorithm.init)(fast_key(0))
+    step, corpus, losses = jax.jit(algorithm.step), pad(sequences, CONTEXT), []
     for index in range(config.num_steps):
         state, metrics = step(fast_key(index), state, corpus)
         losses.append(float(metrics["loss"].mean))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from jaxrl_llm import make_mdp
 from jaxrl_llm.training import evaluate, experiment, logging
@@ -194,6 +195,106 @@ def test_train_resumed_ends_in_the_same_bits(config, number, capsys):
     assert ("restored step 6 of 10" in capsys.readouterr().out) == (number > 3)
     again = experiment.open_run("walk", replace(config, resume=run.directory))
     np.testing.assert_array_equal(train(again), expected)
+
+
+def reader() -> Algorithm:
+    """Adds a row of its data at every step, and noise."""
+
+    def step(key, state, data):
+        state = state + data["row"] + jax.random.normal(key, (2,))
+        return state, {"height": Mean.of(state)}
+
+    return Algorithm(init=lambda key: jnp.zeros((2,)), step=step)
+
+
+def train_one(run: experiment.Run[Any], evaluate: Callable[..., Any], **options: Any) -> Any:
+    data = {"row": np.array([1.0, 2.0], np.float32)}
+    return experiment.train(
+        run, reader(), num_steps=10, items_per_step=1, evaluate=evaluate, data=data, **options
+    )
+
+
+def test_train_of_one_learner_goes_on_from_its_state_with_its_data(config):
+    started = train_one(
+        experiment.open_run("walk", config), lambda state: {}, state=jnp.array([100.0, 200.0])
+    )
+    expected = np.array([100.0, 200.0])
+    _, step_key = jax.random.split(jax.random.key(config.seed))
+    for step in range(10):
+        noise = jax.random.normal(jax.random.fold_in(step_key, step), (2,))
+        expected = expected + np.array([1.0, 2.0]) + noise
+    np.testing.assert_allclose(started, expected, rtol=1e-5)
+    from_nothing = train_one(experiment.open_run("walk", config), lambda state: {})
+    np.testing.assert_allclose(started - from_nothing, [100.0, 200.0], rtol=1e-5)
+
+
+def test_train_of_one_learner_prefers_a_checkpoint_to_the_state_it_is_given(config, capsys):
+    def first(state):
+        return {"first": state[0]}
+
+    whole = experiment.open_run("walk", config)
+    expected = train_one(whole, first, state=jnp.ones(2))
+    run = experiment.open_run("walk", config)
+
+    def stop_late(state):
+        if state[0] == late:
+            raise KeyboardInterrupt
+        return first(state)
+
+    late = experiment.curve(whole, "first")[1][3]
+    with pytest.raises(KeyboardInterrupt):
+        train_one(run, stop_late, state=jnp.ones(2))
+    capsys.readouterr()
+    resumed = experiment.open_run("walk", replace(config, resume=run.directory))
+    actual = train_one(resumed, first, state=jnp.ones(2))
+    np.testing.assert_array_equal(actual, expected)
+    assert "restored step 6 of 10" in capsys.readouterr().out
+    for one, other in zip(
+        experiment.curve(run, "first"), experiment.curve(whole, "first"), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_keys_are_those_of_the_seed_and_none_that_training_uses(config):
+    run = experiment.open_run("walk", config)
+
+    def words(keys: Any) -> set[tuple[int, ...]]:
+        return set(map(tuple, np.asarray(jax.random.key_data(keys)).reshape(-1, 2).tolist()))
+
+    keys = words(experiment.keys(run, 3))
+    assert len(keys) == 3
+    assert keys == words(experiment.keys(run, 3))
+    assert words(experiment.keys(run, 1)) < keys
+    root = jax.random.key(config.seed)
+    loops = jax.random.split(jax.random.key(config.seed))
+    assert keys.isdisjoint(words(root) | words(loops))
+    other = experiment.open_run("walk", replace(config, seed=1))
+    assert keys.isdisjoint(words(experiment.keys(other, 3)))
+
+
+def test_draw_curve_draws_what_train_logged_beside_what_is_known(config, monkeypatch):
+    run = experiment.open_run("walk", config)
+    train_one(run, lambda state: {"first_height": state[0]})
+    drawn = {}
+
+    def learning_curve(steps, values, **options):
+        drawn.update(steps=steps, values=values, **options)
+        return original(steps, values, **options)
+
+    original = experiment.plotting.learning_curve
+    monkeypatch.setattr(experiment.plotting, "learning_curve", learning_curve)
+    experiment.draw_curve(run, "first_height", {"floor": 1.0}, title="A walk", footer="by foot")
+    steps, values = experiment.curve(run, "first_height")
+    np.testing.assert_array_equal(drawn.pop("steps"), steps)
+    np.testing.assert_array_equal(drawn.pop("values"), values[None])
+    assert drawn == {
+        "references": {"floor": 1.0},
+        "title": "A walk",
+        "xlabel": "Optimiser steps",
+        "ylabel": "First height",
+        "footer": "by foot",
+    }
+    assert imread(run.directory / "first_height.png").ndim == 3
 
 
 def test_train_starts_over_where_the_first_checkpoint_was_never_whole(config):

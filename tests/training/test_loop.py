@@ -237,6 +237,47 @@ def test_run_refuses(changes, message):
         loop.run(ALGORITHM, jax.random.key(0), **counts)
 
 
+def learn_from_data(key, state, data):
+    """One that reads its data, by step and by noise."""
+    noise = jax.random.normal(key, (3,))
+    row = data["rows"][state["step"] % len(data["rows"])]
+    total = state["total"] + row * data["scale"] + noise
+    return {"total": total, "step": state["step"] + 1}, {"total": Mean.of(total)}
+
+
+DATA = {"rows": np.arange(12, dtype=np.float32).reshape(4, 3), "scale": np.float32(2)}
+READER = Algorithm(
+    init=lambda key: {"total": jax.random.normal(key, (3,)), "step": jnp.int32(0)},
+    step=learn_from_data,
+)
+
+
+def test_run_gives_its_data_to_every_step_and_keeps_them():
+    closed = Algorithm(
+        init=READER.init, step=lambda key, state: learn_from_data(key, state, on_device)
+    )
+    on_device = jax.tree.map(jnp.asarray, DATA)
+    expected = loop.run(closed, jax.random.key(3), num_steps=7, chunk_steps=7)
+    counts: dict[str, Any] = {"num_steps": 7, "chunk_steps": 2}
+    for data in (DATA, on_device):
+        actual = loop.run(READER, jax.random.key(3), **counts, data=data)
+        np.testing.assert_allclose(actual["total"], expected["total"], rtol=1e-6)
+    # The state is donated, the data are not.
+    assert not on_device["rows"].is_deleted()
+
+
+def test_over_seeds_gives_every_seed_all_of_the_data():
+    many = loop.over_seeds(READER, 2)
+    together = loop.run(many, jax.random.key(9), num_steps=5, chunk_steps=5, data=DATA)
+    for seed in range(2):
+        only = Algorithm(
+            init=lambda key, seed=seed: READER.init(jax.random.fold_in(key, seed)),
+            step=lambda key, *rest, seed=seed: READER.step(jax.random.fold_in(key, seed), *rest),
+        )
+        alone = loop.run(only, jax.random.key(9), num_steps=5, chunk_steps=5, data=DATA)
+        np.testing.assert_allclose(together["total"][seed], alone["total"], rtol=1e-5)
+
+
 def test_over_seeds_equals_separate_runs():
     seen = []
     together = loop.run(
@@ -286,6 +327,14 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     assert " steps/s, 0:00 left, " in lines[-1]
     assert "index 8.526" in lines[-1]  # (72 + 90) / 19, weighted towards the later step
     assert len(lines) <= 4
+
+
+def test_progress_counts_in_the_unit_that_it_is_given(capsys):
+    counts: dict[str, Any] = {"num_steps": 4, "chunk_steps": 2, "items_per_step": 1000}
+    loop.run(ALGORITHM, jax.random.key(0), **counts, unit="tokens")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("training: 4,000 of 4,000 tokens (100%), ")
+    assert " tokens/s, 0:00 left, " in last
 
 
 PROGRAM = """

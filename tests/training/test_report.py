@@ -204,3 +204,31 @@ def test_show_learning_prints_references_then_mean_deviation_and_worst(capsys, t
         ["PPO", "0.7000", "0.0000", "0.7000"],
     ]
     assert imread(tmp_path / "curve.png").ndim == 3
+
+
+def test_show_change_prints_intervals_where_there_are_any(capsys):
+    before = {"perplexity": (1000.0, 1000.0, 1000.0), "gold_score": (0.25, 0.125, 0.5)}
+    after = {"gold_score": (0.9375, 0.875, 1.0), "perplexity": (1.5, 1.5, 1.5)}
+    report.show_change("Five cases", before, after, footer=report.RESEARCH_ONLY)
+    lines = printed(capsys)
+    assert (lines[1], lines[-1]) == ("Five cases", report.RESEARCH_ONLY)
+    assert [re.split(r" {2,}", line) for line in lines[4:-2]] == [
+        ["perplexity", "1000.000", "1.500"],
+        ["gold score", "0.250 (0.125 to 0.500)", "0.938 (0.875 to 1.000)"],
+    ]
+
+
+def test_show_samples_wraps_each_text_under_its_label(capsys, terminal):
+    terminal(80)
+    texts = ["Patient, 52, with [bold]chest pain[/bold]. " * 3, "rest :smile:\n[0.50] no drug"]
+    samples = [{"prompt": first, "before": last} for first, last in (texts, texts[::-1])]
+    report.show_samples("Two cases", samples)
+    lines = printed(capsys)
+    assert lines[:3] == ["", "Two cases", ""]
+    assert max(map(len, lines)) <= 80
+    labels = [line for line in lines if line and not line.startswith(" ")]
+    assert labels == ["Two cases", "prompt", "before", "prompt", "before"]
+    # Nothing of a text is lost, read as markup, or run into the next line.
+    words = " ".join(line for line in lines if line.startswith("  ")).split()
+    assert words == " ".join((*texts, *texts[::-1])).split()
+    assert {"  rest :smile:", "  [0.50] no drug"} <= set(lines)
