@@ -2,12 +2,11 @@
 
     python -m experiments.sft_clinical [--model DIRECTORY --sft.optimizer.trainable lora]
 
-A model of 1.4 million parameters, and a tokenizer of its own, are trained from nothing; or any
-GPT-2 directory of Hugging Face is fine-tuned. The law of the text is known, and with it the lowest
-perplexity there can be; a gold scorer marks what the model writes about unseen patients.
-
-Expected on 2 CPU cores: under 4 minutes; perplexity of unseen responses from 1070 to below 1.15
-(floor 1.11), gold score from 0 to above 0.9. Research only, not for clinical use.
+A model of 1.4 million parameters, and its tokenizer, are trained from nothing, or any Hugging Face
+GPT-2 is fine-tuned. The law of the text is known, and with it the lowest perplexity there can be;
+a gold scorer marks what the model writes about unseen patients. Expected on 2 CPU cores: 2 minutes;
+perplexity of good responses from 1100 to 1.12 (floor 1.11), gold score from 0 to 0.95 in [0, 1].
+Research only, not for clinical use.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jaxrl_llm.lm import base_model, clinical_exam, generate, optimizer, sft
 from jaxrl_llm.training import cli, experiment, report
 
 ADAMW = optimizer.Config(learning_rate=3e-3)
-SETTINGS = sft.Config(num_steps=500, batch_size=8, chunk_size=None, optimizer=ADAMW)
+SETTINGS = sft.Config(num_steps=1000, batch_size=8, chunk_size=None, optimizer=ADAMW)
 SAMPLING = generate.Config(max_new_tokens=96)
 
 
@@ -35,7 +34,7 @@ class Config(experiment.TrainConfig):
     """Directory of a GPT-2 to fine-tune; by default a small one is trained from nothing."""
     data: Path | None = None
     """JSON lines to train on (prompt and completion, or messages), in place of synthetic text."""
-    num_examples: int = 8000
+    num_examples: int = 16_000
     """Synthetic cases to train on."""
     num_cases: int = 200
     """Unseen synthetic cases to be examined on."""
@@ -58,21 +57,24 @@ def main(config: Config) -> dict[str, float]:
     exam = clinical_exam.make(config.seed, config.num_cases, base, batch_size=settings.batch_size)
     before = clinical_exam.sit(exam, base, answer_key, config.sampling)
     state = sft.start(settings, base.params, order_key)
-    size = {"num_steps": settings.num_steps, "items_per_step": settings.batch_size * length}
+    size = {"items_per_step": settings.batch_size * length, "unit": "tokens"}
     state = experiment.train(
-        run, sft.make(settings, base.model), state=state, data=corpus, unit="tokens", **size,
+        run, sft.make(settings, base.model), state=state, data=corpus, sequential=True, **size,
+        num_steps=settings.num_steps,
         evaluate=lambda state: {"perplexity": exam.perplexity(base.model, state.train.params)},
     )  # fmt: skip
     learnt = base._replace(params=state.train.params)
     after = clinical_exam.sit(exam, learnt, answer_key, config.sampling)
-    base_model.export(run.directory / "model", learnt)
+    saved = base_model.export(run.directory / "model", learnt)
+    print(f"model: {saved or 'in the checkpoints alone; GPT-2 has no place for an adapter'}")
     title, floor = f"{config.num_cases} unseen SYNTHETIC cases", exam.perplexity_floor
     report.show_samples(title, clinical_exam.samples(before, after, 2))
     footer = f"Perplexity cannot be below {floor:.3f}. {report.RESEARCH_ONLY}"
     report.show_change(title, before.measures, after.measures, footer=footer)
     experiment.draw_curve(run, "perplexity", {"floor": floor}, title=title, footer=footer)
-    result = {"perplexity_floor": floor, **clinical_exam.change(before, after)}
-    return experiment.finish(run, result)
+    return experiment.finish(
+        run, {"perplexity_floor": floor, **clinical_exam.change(before, after)}
+    )
 
 
 if __name__ == "__main__":

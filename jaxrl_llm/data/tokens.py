@@ -6,6 +6,7 @@ go to a device with the call that uses them. A batch keeps one shape, so a step 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
@@ -133,8 +134,17 @@ def corpus(examples: Iterable[Example], tokenizer: Tokenizer, *, length: int) ->
     """Examples as training wants them: encoded, cut to `length` where longer, and packed.
 
     Arguments and errors: `encode_all` and `pack`.
+
+    Warns:
+      UserWarning: if examples were cut or left out, saying how many.
     """
-    return pack(encode_all(examples, tokenizer, max_length=length).sequences, length)
+    encoding = encode_all(examples, tokenizer, max_length=length)
+    if encoding.num_cut or encoding.num_dropped:
+        total = len(encoding.sequences) + encoding.num_dropped
+        lost = f"{encoding.num_cut} are cut short and {encoding.num_dropped} left out"
+        place = f"of {total} examples, {lost}, as they are longer than a row of {length} tokens"
+        warnings.warn(f"{place}; give longer rows to keep them", stacklevel=2)
+    return pack(encoding.sequences, length)
 
 
 def pad(

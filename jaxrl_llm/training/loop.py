@@ -24,7 +24,7 @@ from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree
 
 Metrics = dict[str, Any]
 
-# One operation after another, each on all cores. XLA would rather run independent ones side by side.
+# Operations one after another, each on all cores; XLA would run independent ones side by side.
 SEQUENTIAL = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 _SECONDS_BETWEEN_LINES = 2.0
