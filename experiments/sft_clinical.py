@@ -57,10 +57,9 @@ def main(config: Config) -> dict[str, float]:
     exam = clinical_exam.make(config.seed, config.num_cases, base, batch_size=settings.batch_size)
     before = clinical_exam.sit(exam, base, answer_key, config.sampling)
     state = sft.start(settings, base.params, order_key)
-    size = {"items_per_step": settings.batch_size * length, "unit": "tokens"}
     state = experiment.train(
-        run, sft.make(settings, base.model), state=state, data=corpus, sequential=True, **size,
-        num_steps=settings.num_steps,
+        run, sft.make(settings, base.model), state=state, data=corpus, sequential=True,
+        num_steps=settings.num_steps, items_per_step=settings.batch_size * length, unit="tokens",
         evaluate=lambda state: {"perplexity": exam.perplexity(base.model, state.train.params)},
     )  # fmt: skip
     learnt = base._replace(params=state.train.params)
@@ -72,9 +71,7 @@ def main(config: Config) -> dict[str, float]:
     footer = f"Perplexity cannot be below {floor:.3f}. {report.RESEARCH_ONLY}"
     report.show_change(title, before.measures, after.measures, footer=footer)
     experiment.draw_curve(run, "perplexity", {"floor": floor}, title=title, footer=footer)
-    return experiment.finish(
-        run, {"perplexity_floor": floor, **clinical_exam.change(before, after)}
-    )
+    return experiment.finish(run, clinical_exam.change(exam, before, after))
 
 
 if __name__ == "__main__":

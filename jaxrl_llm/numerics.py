@@ -147,7 +147,9 @@ def token_log_probabilities(
         jax.lax.stop_gradient(jnp.asarray(temperature, _at_least_float32(hidden))),
         chunk_size is None,
     )
-    log_probability, entropy = (x.swapaxes(0, 1).reshape(-1)[:size] for x in results)
+    log_probability, entropy = jax.tree.map(
+        lambda leaf: leaf.swapaxes(0, 1).reshape(-1)[:size], results
+    )
     return log_probability, entropy
 
 

@@ -127,10 +127,10 @@ def samples(before: Result, after: Result, count: int) -> list[dict[str, str]]:
     ]
 
 
-def change(before: Result, after: Result) -> dict[str, float]:
-    """Every measure as `<name>_before` and `<name>_after`."""
+def change(exam: Exam, before: Result, after: Result) -> dict[str, float]:
+    """The floor, and every measure as `<name>_before` and `<name>_after`."""
     both = {"before": before, "after": after}
-    return {
+    return {"perplexity_floor": exam.perplexity_floor} | {
         f"{name}_{when}": measure.mean
         for when, result in both.items()
         for name, measure in result.measures.items()

@@ -173,8 +173,10 @@ def prefill(
     num_prompts, num_tokens = tokens.shape
     num_samples, num_new = config.num_samples, config.max_new_tokens
     real = attention_mask > 0
-    cache = init_cache(model.config, num_prompts, num_tokens + num_new - 1, model.dtype)
+    # Slots for the response come after, so that the prompt does not attend to them, masked or not.
+    cache = init_cache(model.config, num_prompts, num_tokens, model.dtype)
     logits, cache = read(model, params, tokens, real, cache)
+    cache = with_free_slots(cache, num_new - 1)
     seen = tokens_seen(tokens, real, model.config.vocab_size) if has_penalty(law) else None
 
     def repeat(leaf: Array) -> Array:
@@ -194,6 +196,17 @@ def prefill(
         step=jnp.int32(0),
     )
     return _draw(state, logits, config, law, end_tokens(model, config.stop_tokens))
+
+
+def with_free_slots(cache: KVCache, count: int) -> KVCache:
+    """The same cache with `count` more slots at its end."""
+
+    def more(leaf: Array) -> Array:
+        return jnp.pad(leaf, ((0, 0), (0, 0), (0, count), (0, 0)))
+
+    keys, values = jax.tree.map(more, (cache.keys, cache.values))
+    mask = jnp.pad(cache.mask, ((0, 0), (0, count)))
+    return dataclasses.replace(cache, keys=keys, values=values, mask=mask)
 
 
 def decode(

@@ -162,7 +162,8 @@ def test_samples_and_change_set_before_beside_after(exam):
         }
         for index in range(2)
     ]
-    assert clinical_exam.change(before, after) == {
+    assert clinical_exam.change(exam, before, after) == {
+        "perplexity_floor": exam.perplexity_floor,
         "perplexity_before": 9.0,
         "gold_score_before": 0.25,
         "perplexity_after": 1.5,

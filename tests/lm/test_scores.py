@@ -154,7 +154,9 @@ def test_pass_at_k_matches_every_subset(num_samples):
     for k in range(1, num_samples + 1):
         correct = np.arange(num_samples + 1)
         expected = [
-            np.mean([min(draw) < c for draw in itertools.combinations(range(num_samples), k)])
+            float(
+                np.mean([min(draw) < c for draw in itertools.combinations(range(num_samples), k)])
+            )
             for c in correct
         ]
         actual = scores.pass_at_k(num_samples, correct, k)
