@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -46,7 +47,7 @@ class Config:
 def main(config: Config) -> dict[str, float]:
     """Streams the prompt and what follows; returns its length and, of a case, its marks."""
     directory = config.model or _newest_model(config.runs)
-    words = tokenizer.load(directory)
+    words: Any = tokenizer.load(directory)
     model, params = hf_checkpoint.load(directory)
     case = clinical_text.case(config.seed, config.case, "held_out")
     prompt = clinical_text.prompt(case) if config.prompt is None else config.prompt
