@@ -15,11 +15,9 @@ from jaxrl_llm.data.json_lines import Example
 from jaxrl_llm.lm import base_model, hf_checkpoint, tokenizer
 from jaxrl_llm.lm.base_model import SMALL, BaseModel
 from jaxrl_llm.nn import adapters
-from tests.lm import tiny
 from tests.lm.checkpoints import assert_same, copy_checkpoint
 from tests.nn.tiny_gpt2 import fast_key
 
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 TINY = replace(SMALL, vocab_size=300, n_positions=24, n_embd=16, n_layer=1, n_head=2, lora_rank=2)
 EXAMPLES = [Example.of(f"Fever, day {day}.", " Rest and drink.") for day in range(9)]
 TOKENS = np.random.default_rng(0).integers(2, 200, size=(2, 9))

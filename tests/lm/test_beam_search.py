@@ -118,6 +118,7 @@ def bigram(probability) -> Any:
     return model, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length_penalty", "first", "expected", "probability"),
     [
@@ -145,6 +146,7 @@ def test_search_stops_when_the_best_is_certain_and_no_sooner(
     np.testing.assert_allclose(score, exact, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
     model = tiny(3)
     config = BeamConfig(num_beams=16, num_returned=16, max_new_tokens=2, stop_tokens=(0, 1))
@@ -194,6 +196,7 @@ def test_hypotheses_depend_on_their_prompt_alone():
         np.testing.assert_allclose(alone.score[0], batch.score[row], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_search_stops_when_no_beam_can_win():
     # Beyond the context every logit is NaN, and the search would return it.
     model = tiny(5, n_positions=8, tie_word_embeddings=False)

@@ -16,10 +16,8 @@ from jaxrl_llm.lm.base_model import SMALL, BaseModel
 from jaxrl_llm.lm.clinical_exam import MARKS, Answer, Exam, Result
 from jaxrl_llm.lm.generate import Response
 from jaxrl_llm.lm.scores import Estimate
-from tests.lm import tiny
 from tests.nn.tiny_gpt2 import fast_key
 
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 SHAPE = replace(SMALL, vocab_size=400, n_positions=384, n_embd=16, n_layer=1, n_head=2)
 TRAINING = clinical_exam.pairs(clinical_text.examples(3, 0, 60))
 NUM_CASES = 7

@@ -234,6 +234,7 @@ def test_decode_stops_when_every_row_has_ended(stop_tokens):
     assert (longest == 30) == (not stop_tokens)
 
 
+@pytest.mark.slow
 def test_rollout_inside_a_larger_program_equals_rollout():
     config = Config(max_new_tokens=6, temperature=0.9, top_k=5)
 
@@ -256,6 +257,7 @@ def test_rollout_inside_a_larger_program_equals_rollout():
         np.testing.assert_allclose(both.log_probability[step], alone.log_probability, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rollout_over_many_keys_is_a_vmap():
     config = Config(max_new_tokens=6, temperature=0.9, top_k=5)
     run = partial(decoding.rollout, MODEL, PARAMS, RAGGED, RAGGED_MASK, config=config)
@@ -274,6 +276,7 @@ def test_greedy_takes_the_most_likely_token_and_keeps_the_models_own_log_probabi
     np.testing.assert_allclose(batch.log_probability, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_the_leaves_of_its_adapters_a_policy_writes_as_its_reference():
     lora = adapters.LoRA(rank=2, targets=("attn.c_attn", "mlp.c_proj"))
     policy = GPT2(TINY, lora=lora, adapter_width=8)
@@ -295,6 +298,7 @@ def test_a_response_may_fill_the_context():
     np.testing.assert_allclose(batch.log_probability, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_draws_from_its_own_logits():
     model: Any = GPT2(TINY, dtype=jnp.bfloat16)
     config = Config(max_new_tokens=12, num_samples=64, stop_tokens=())

@@ -150,6 +150,7 @@ def test_bucket_holds_the_length_and_wastes_at_most_half_of_it():
         assert bucket(size) == size
 
 
+@pytest.mark.slow
 def test_few_programs_are_compiled_for_many_prompt_lengths():
     # A model of its own, so that no other test has compiled for it.
     model = GPT2(dataclasses.replace(TINY, n_layer=1, n_positions=44))
@@ -162,6 +163,7 @@ def test_few_programs_are_compiled_for_many_prompt_lengths():
     assert ROLLOUT._cache_size() - before <= len(set(map(bucket, lengths))) == 4
 
 
+@pytest.mark.slow
 def test_another_number_in_the_law_compiles_nothing():
     def write(**law):
         base: dict[str, Any] = {

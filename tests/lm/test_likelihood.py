@@ -15,7 +15,6 @@ from jaxrl_llm.data.tokens import Tokens, pack, pad
 from jaxrl_llm.lm.likelihood import token_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import TokenBatch
-from tests.lm import tiny
 from tests.lm.tiny import (
     CONTEXT,
     MODEL,
@@ -32,7 +31,6 @@ LAYOUTS: dict[str, Any] = {
     "right": partial(pad, length=CONTEXT),
     "packed": partial(pack, length=CONTEXT),
 }
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 likelihood = jax.jit(token_likelihood, static_argnames=("model", "chunk_size"))
 
 

@@ -13,11 +13,9 @@ import pytest
 
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.nn import adapters
-from tests.lm import tiny
 from tests.lm.tiny import as_float64, naive_adamw, naive_rate
 from tests.nn.tiny_gpt2 import flat
 
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 CONFIG = optimizer.Config(learning_rate=0.05, warmup_fraction=0.25, max_gradient_norm=2.0)
 # One leaf of each kind, and a vector that decays nowhere.
 SHAPES = {

@@ -14,13 +14,11 @@ from jaxrl_llm.data.tokens import encode_prompt, pad
 from jaxrl_llm.lm import generate, tokenizer
 from jaxrl_llm.lm.generate import Config, Response, respond
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config
-from tests.lm import tiny
 from tests.nn.tiny_gpt2 import random_params
 
 PROMPTS = ("Fever and cough.", "Chest pain.", "Rash", "Fever.", "Pain in the chest since noon.")
 # So many tokens end a response that some end and some are cut.
 STOPS = tuple(range(0, 256, 8))
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 CONFIG = Config(max_new_tokens=6, num_samples=2, stop_tokens=STOPS)
 
 

@@ -28,7 +28,6 @@ SEQUENCES = [
     for row, sequence in enumerate(tiny.random_sequences(17, 9))
 ]
 BATCH = pack(SEQUENCES, CONTEXT)
-quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 gradient_of_mean = jax.jit(sft.gradient_of_mean, static_argnums=(0, 1))
 
 

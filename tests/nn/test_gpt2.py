@@ -265,6 +265,7 @@ def test_dropout_of_attention_keeps_its_mean_and_its_masks():
 # Precision, memory, compilation
 
 
+@pytest.mark.slow
 def test_remat_recomputes_each_block_and_changes_nothing(params):
     plain, again = MODEL, MODEL.clone(remat=True)
     for model, num_recomputed in ((plain, 0), (again, TINY.n_layer)):
