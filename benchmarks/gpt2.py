@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import torch_peers
 from benchmarks.harness import Case, Peer
 from benchmarks.returns import CACHED_BYTES
-from jaxrl_llm.lm import decoding, generate, optimizer, sft
+from jaxrl_llm.lm import continuous_batching, decoding, generate, optimizer, sft
 from jaxrl_llm.lm.likelihood import token_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config, init_cache
 from jaxrl_llm.numerics import token_log_probabilities
@@ -52,6 +52,9 @@ SIZES = {
 PROMPT = 32
 GREEDY = decoding.Config(max_new_tokens=64, stop_tokens=(), temperature=0.0)
 NUCLEUS = decoding.Config(max_new_tokens=64, stop_tokens=(), temperature=0.7, top_p=0.9)
+# Untrained, a model draws one of 20 stop tokens in 512 after some 26 tokens, more or less.
+RAGGED = decoding.Config(max_new_tokens=128, stop_tokens=tuple(range(20)))
+RAGGED_PROMPTS = 256
 BATCHES = (1, 8, 32)
 LARGE_BATCH = 256  # for accelerators, with caches that fill up to these lengths
 LARGE_CACHES = (256, 512)
@@ -79,6 +82,7 @@ def cases() -> Iterable[Case]:
             yield _decode(f"decode-{size}-{batch}", model, batch, GREEDY)
         if size == "tiny":
             yield _decode(f"decode-{size}-32-top-p", model, 32, NUCLEUS)
+            yield _ragged(f"ragged-{size}-{RAGGED_PROMPTS}", model)
         yield from _dense(size, model, *ROWS)
         for rows, length in MORE_TRAINING_ROWS[size]:
             yield _train(size, model, rows, length)
@@ -103,6 +107,35 @@ def _decode(name: str, model: GPT2, batch: int, sampling: decoding.Config) -> Ca
         peer=partial(_peer, torch_peers.decode, model, tokens, sampling),
         agree=_same_tokens if is_comparable else _same_lengths,
         work=lambda _: decode_work(model, batch, sampling.max_new_tokens),
+    )
+
+
+def _ragged(name: str, model: GPT2) -> Case:
+    """Responses of very unequal length through 32 slots, beside batches of 32 that wait for all."""
+    tokens, keys = _tokens(model, RAGGED_PROMPTS, PROMPT), jax.random.key(0)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(RAGGED_PROMPTS))
+
+    def in_slots(params: PyTree) -> Array:
+        return continuous_batching.generate(model, params, tokens, None, keys, RAGGED).tokens
+
+    def in_batches(params: PyTree) -> Array:
+        parts = [
+            generate.generate(model, params, tokens[rows], None, keys[rows], RAGGED).tokens
+            for rows in np.split(np.arange(RAGGED_PROMPTS), RAGGED_PROMPTS // 32)
+        ]
+        return jnp.concatenate(parts)
+
+    def arguments() -> tuple[PyTree]:
+        return (_weights(model.config, model.dtype),)
+
+    return Case(
+        name=name,
+        function=in_slots,
+        arguments=arguments,
+        items=RAGGED_PROMPTS,
+        unit="responses",
+        peer=lambda: Peer("generate, batch after batch", in_batches, arguments),
+        agree=_same_tokens,
     )
 
 
@@ -312,7 +345,8 @@ def _close(model: GPT2, ours: Array, theirs: Any) -> None:
 
 def _same_tokens(ours: Array, theirs: Any) -> None:
     _same_lengths(ours, theirs)
-    differing = np.mean(np.any(np.asarray(ours) != torch_peers.to_numpy(theirs), axis=1))
+    theirs = theirs if isinstance(theirs, jax.Array) else torch_peers.to_numpy(theirs)
+    differing = np.mean(np.any(np.asarray(ours) != np.asarray(theirs), axis=1))
     assert differing <= DIFFERING_ROWS, f"{differing:.0%} of the rows differ"
 
 

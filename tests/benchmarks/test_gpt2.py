@@ -22,6 +22,7 @@ COMPARED = (
     "train-tiny-3x5",
 )
 NOT_COMPARED = ("decode-tiny-32-top-p",)
+RAGGED = "ragged-tiny-64"
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def cases(monkeypatch):
     monkeypatch.setattr(gpt2, "BATCHES", (3,))
     monkeypatch.setattr(gpt2, "ROWS", (2, 9))
     monkeypatch.setattr(gpt2, "MORE_TRAINING_ROWS", {"tiny": ((3, 5),)})
-    for name in ("GREEDY", "NUCLEUS"):
+    monkeypatch.setattr(gpt2, "RAGGED_PROMPTS", 64)
+    for name in ("GREEDY", "NUCLEUS", "RAGGED"):
         config = dataclasses.replace(getattr(gpt2, name), max_new_tokens=NUM_NEW)
         monkeypatch.setattr(gpt2, name, config)
     return {case.name: case for case in gpt2.cases()}
@@ -47,7 +49,7 @@ def torch():
 
 def test_cases_are_named_and_draw_no_weights(cases):
     memory = "memory-log-probability-gradient-4x1024"
-    assert set(cases) == {*COMPARED, *NOT_COMPARED, memory}
+    assert set(cases) == {*COMPARED, *NOT_COMPARED, RAGGED, memory}
     misses = gpt2._parameters.cache_info().misses
     names = [case.name for case in gpt2.cases()]
     assert len(names) == len(set(names))
@@ -60,6 +62,15 @@ def test_case_agrees_with_its_peer_again_and_again(cases, torch, name):
     peer = case.peer()
     for _ in range(2):  # the second time with new arguments for those that were donated
         case.agree(harness.call(case), harness.call(peer))
+
+
+def test_ragged_responses_are_the_same_in_slots_as_in_batches(cases):
+    case = cases[RAGGED]
+    slots, batches = harness.call(case), harness.call(case.peer())
+    assert slots.shape == (64, gpt2.PROMPT + NUM_NEW)
+    case.agree(slots, batches)
+    with pytest.raises(AssertionError, match="of the rows differ"):
+        case.agree(slots, batches + 1)
 
 
 @pytest.mark.parametrize("name", COMPARED)
