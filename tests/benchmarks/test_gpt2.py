@@ -120,7 +120,7 @@ def test_decode_streams_weights_that_no_cache_holds():
 def test_work_of_whole_rows_is_the_matrix_products(cases):
     forward = sum(2 * MICRO.forward_flops(position) for position in range(1, 10))
     unscored = 2 * 8 * 2 * MICRO.n_embd * MICRO.vocab_size
-    expected = {"forward": forward, "score": forward, "train": 3 * forward}
+    expected = {"forward": forward, "score": forward, "train": 3 * 16 * forward}
     expected["prefill"] = forward - unscored
     for name, flops in expected.items():
         work = cases[f"{name}-tiny-2x9"].work(None)

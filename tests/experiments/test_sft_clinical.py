@@ -206,6 +206,7 @@ def test_mistakes_in_files_end_in_one_line(capsys, monkeypatch, first, tmp_path)
     assert refuses("--data", tmp_path / "absent").startswith("error: /absent cannot be read: No su")
 
 
+@pytest.mark.filterwarnings("ignore:of 40 examples, 40 are cut short")
 def test_what_does_not_fit_ends_in_one_line(capsys, monkeypatch, tmp_path):
     def refuses(*arguments: Any) -> str:
         flags = [*FLAGS, f"--output-dir={tmp_path}", *arguments]

@@ -288,6 +288,7 @@ def test_greedy_equals_argmax():
     np.testing.assert_array_equal(jax.jit(jax.vmap(sampling.greedy))(logits), expected)
 
 
+@pytest.mark.slow
 def test_sampling_batched_equals_one_by_one_and_jit_equals_eager():
     logits = jnp.array(random_rows(30, count=3))
     uniform = jax.random.uniform(jax.random.key(0), (3,))
@@ -303,6 +304,7 @@ def test_sampling_batched_equals_one_by_one_and_jit_equals_eager():
     assert sampling.sample(uniform[0], kept) == jax.jit(sampling.sample)(uniform[0], kept)
 
 
+@pytest.mark.slow
 def test_sampling_of_bfloat16_is_in_float32():
     logits = jnp.array(random_rows(1000, count=1)[0], jnp.bfloat16)
     wide = logits.astype(jnp.float32)

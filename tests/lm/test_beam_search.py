@@ -157,6 +157,7 @@ def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
     assert np.isneginf(found.score[0, 5:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_tokens", [(4, 6, 10), ()])
 def test_one_beam_is_greedy_decoding(stop_tokens):
     config = BeamConfig(num_beams=1, max_new_tokens=12, stop_tokens=stop_tokens)
@@ -169,6 +170,7 @@ def test_one_beam_is_greedy_decoding(stop_tokens):
     np.testing.assert_allclose(found.score[:, 0], log_probability.sum(1) / length, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
 def test_the_score_is_that_of_the_response_and_falls(length_penalty):
     config = BeamConfig(num_returned=4, max_new_tokens=12, length_penalty=length_penalty)

@@ -151,6 +151,7 @@ def test_response_mask_ends_with_the_first_stop_token(pad, stop_tokens):
     assert (length < 12).any() == bool(stops)
 
 
+@pytest.mark.slow
 def test_a_truncated_row_is_the_beginning_of_a_longer_one():
     short = rollout(
         MODEL,
@@ -290,6 +291,7 @@ def test_without_the_leaves_of_its_adapters_a_policy_writes_as_its_reference():
     assert (np.asarray(adapted.tokens) != np.asarray(plain.tokens)).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_a_response_may_fill_the_context():
     config = Config(max_new_tokens=TINY.n_positions - 4, stop_tokens=())
     batch = rollout(MODEL, PARAMS, RAGGED, RAGGED_MASK, jax.random.key(7), config)

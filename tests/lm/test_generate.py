@@ -124,6 +124,7 @@ def test_stream_yields_what_generate_returns(chunk_tokens):
     assert all(part.shape[1] == min(chunk_tokens, 12) for part, _ in chunks[:-1])
 
 
+@pytest.mark.slow
 def test_stream_ends_with_the_last_row():
     config = dataclasses.replace(CONFIG, stop_tokens=tuple(range(TINY.vocab_size)))
     chunks = list(stream(MODEL, PARAMS, PROMPTS, MASK, KEY, config, chunk_tokens=3))

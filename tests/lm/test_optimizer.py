@@ -132,6 +132,7 @@ def test_schedule_may_be_all_warm_up(num_steps):
     np.testing.assert_allclose(rate(num_steps), 0.1 * CONFIG.learning_rate, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", LEARNING)
 def test_freeze_changes_no_value_and_stops_the_gradient_of_the_rest(trainable):
     params = draw(0)

@@ -129,6 +129,7 @@ def test_update_equals_adamw_by_its_formula_over_three_steps(params, update):
             np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_for_every_key_and_micro_batch(params):
     model = GPT2(replace(SHAPE, resid_pdrop=0.3))
     halves = replace(CONFIG, num_micro_batches=2)
@@ -224,6 +225,7 @@ def test_next_batch_repeats_a_corpus_smaller_than_a_batch():
     assert len({tuple(batch) for batch in rows.tolist()}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_training_learns_eight_sequences_by_heart(dtype):
     adamw = optimizer.Config(learning_rate=0.02, weight_decay=0.0)

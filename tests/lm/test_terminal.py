@@ -132,6 +132,7 @@ def test_write_stream_goes_to_standard_output_by_default(capsys):
     assert capsys.readouterr().out == "to the screen\n"
 
 
+@pytest.mark.slow
 def test_write_stream_shows_what_generate_returns():
     class Names:
         def decode(self, token_ids, *, skip_special_tokens):

@@ -161,6 +161,7 @@ def test_labels_let_the_trainable_leaves_alone_move(initial, trainable, parts):
         np.testing.assert_array_equal(update, np.float32(-0.1 if part(path) in parts else 0))
 
 
+@pytest.mark.slow
 def test_first_gradient_moves_the_adapters_from_their_start(initial):
     @jax.jit
     def gradient(params: Any) -> Any:

@@ -319,6 +319,7 @@ def test_layer_norm_takes_its_moments_in_float32():
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_logits_are_alike_jitted_eager_vmapped_and_in_two_steps(params):
     logits = run(MODEL, params, TOKENS)
     eager = apply(MODEL, params, TOKENS)
