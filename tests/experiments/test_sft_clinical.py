@@ -89,6 +89,7 @@ def test_exported_model_is_the_trained_one(first):
     assert (model.config.eos_token_id, model.config.n_positions) == (0, 384)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["lora", "adapter"])
 def test_model_resumes_fine_tuning_where_the_exported_one_stopped(
     first, tmp_path, capsys, trainable
@@ -110,6 +111,7 @@ def test_model_resumes_fine_tuning_where_the_exported_one_stopped(
     assert output.endswith(f"wrote {new}\n")
 
 
+@pytest.mark.slow
 def test_data_takes_the_place_of_synthetic_text(first, tmp_path):
     folder, earlier = first
     path = tmp_path / "data.jsonl"

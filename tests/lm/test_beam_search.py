@@ -15,6 +15,7 @@ from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config
 from tests.golden import gpt2 as golden
 from tests.lm.generation import TINY, next_logits, random_params
 
+pytestmark = pytest.mark.slow  # the programs take long to compile
 MODEL: Any = GPT2(TINY)
 PARAMS = random_params(MODEL)
 PROMPTS = np.array([[3, 7, 2, 9, 5], [1, 1, 1, 5, 4], [1, 8, 3, 3, 2]])
@@ -118,7 +119,6 @@ def bigram(probability) -> Any:
     return model, params
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length_penalty", "first", "expected", "probability"),
     [
@@ -146,7 +146,6 @@ def test_search_stops_when_the_best_is_certain_and_no_sooner(
     np.testing.assert_allclose(score, exact, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
     model = tiny(3)
     config = BeamConfig(num_beams=16, num_returned=16, max_new_tokens=2, stop_tokens=(0, 1))
@@ -157,7 +156,6 @@ def test_responses_that_do_not_exist_score_minus_infinity_and_are_empty():
     assert np.isneginf(found.score[0, 5:]).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop_tokens", [(4, 6, 10), ()])
 def test_one_beam_is_greedy_decoding(stop_tokens):
     config = BeamConfig(num_beams=1, max_new_tokens=12, stop_tokens=stop_tokens)
@@ -170,7 +168,6 @@ def test_one_beam_is_greedy_decoding(stop_tokens):
     np.testing.assert_allclose(found.score[:, 0], log_probability.sum(1) / length, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
 def test_the_score_is_that_of_the_response_and_falls(length_penalty):
     config = BeamConfig(num_returned=4, max_new_tokens=12, length_penalty=length_penalty)
@@ -198,7 +195,6 @@ def test_hypotheses_depend_on_their_prompt_alone():
         np.testing.assert_allclose(alone.score[0], batch.score[row], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_search_stops_when_no_beam_can_win():
     # Beyond the context every logit is NaN, and the search would return it.
     model = tiny(5, n_positions=8, tie_word_embeddings=False)

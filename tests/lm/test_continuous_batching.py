@@ -14,6 +14,7 @@ from jaxrl_llm.lm.generate import generate
 from jaxrl_llm.nn.gpt2 import GPT2
 from tests.lm.generation import END, PADDING, TINY, VOCABULARY, random_params
 
+pytestmark = pytest.mark.slow  # the programs take long to compile
 MODEL = GPT2(TINY)
 PARAMS = random_params(MODEL)
 KEY = jax.random.key(0)
@@ -50,7 +51,6 @@ def test_text_is_that_of_decoding_whatever_the_slots(num_slots, num_refilled):
     assert_same(through_slots(*arguments, num_slots, num_refilled), expected)
 
 
-@pytest.mark.slow
 def test_generate_is_generate_with_every_part_of_the_law():
     config = Config(
         max_new_tokens=12,
@@ -67,7 +67,6 @@ def test_generate_is_generate_with_every_part_of_the_law():
     assert_same(continuous_batching.generate(*arguments, num_slots=4), generate(*arguments))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop_tokens", [tuple(range(VOCABULARY)), ()], ids=["at_once", "never"])
 def test_rows_that_end_at_once_or_never(stop_tokens):
     config = Config(max_new_tokens=TINY.n_positions - 6, stop_tokens=stop_tokens)
@@ -77,7 +76,6 @@ def test_rows_that_end_at_once_or_never(stop_tokens):
     assert (np.asarray(batch.response_mask).sum(1) == (1 if stop_tokens else 42)).all()
 
 
-@pytest.mark.slow
 def test_a_row_draws_the_same_beside_other_rows():
     config, law = Config(max_new_tokens=12), {"temperature": 1.3}
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(NUM_PROMPTS))
