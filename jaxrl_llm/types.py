@@ -1,8 +1,7 @@
 """Every pytree and protocol shared by two or more parts of the library.
 
-Shapes use `S` states, `A` actions, `T` time steps, `B` parallel trajectories, `N` distinct
-state-action rows and `K` successors. Control is time-major, `[T, B, ...]`; tokens are batch-major,
-`[B, L]`.
+Shapes use `S` states, `A` actions, `T` time steps, `B` trajectories, `N` distinct state-action
+rows and `K` successors. Control is time-major, `[T, B, ...]`; tokens are batch-major, `[B, L]`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ PyTree = Any
 class MDP:
     """A finite Markov decision process with dense transitions.
 
-    A terminal state ends the episode on arrival: its value is 0 whatever its row says. Solvers
-    read an MDP only through `expect`, `expected_reward` and `under`, which `SuccessorMDP` shares.
+    A terminal state ends the episode on arrival: its value is 0. Solvers read an MDP only through
+    `expect`, `expected_reward` and `under`, which `SuccessorMDP` shares.
 
     Attributes:
       transition: `[S, A, S]`, the probability of each next state.
-      reward: `[S, A, S]`, received on the way to each next state, or `[S, A, 1]` where it does not
-        depend on it (half the memory of a large problem).
+      reward: `[S, A, S]`, on the way to each next state; `[S, A, 1]` where that does not matter.
       discount: `[]`, in [0, 1].
       initial: `[S]`, the law of the first state.
       terminal: `[S]` bool.
@@ -67,11 +65,7 @@ class MDP:
         return jnp.sum(self.transition * self.reward, axis=-1)
 
     def under(self, policy: Array) -> Array:
-        """The transition matrix `[S, S]` of the chain that `policy` induces.
-
-        Args:
-          policy: action probabilities `[S, A]`, or one action a state `[S]` (integers).
-        """
+        """The transition matrix `[S, S]` under `policy`: probabilities `[S, A]`, actions `[S]`."""
         if policy.ndim == 1:
             return self.transition[jnp.arange(self.num_states), policy]
         return jnp.einsum("sa,sat->st", policy, self.transition)
@@ -91,9 +85,8 @@ class MDP:
 class SuccessorMDP:
     """The same process by padded successor lists, for sparse problems.
 
-    Many state-action pairs share one law (every inadmissible action of ICU-Sepsis, every move
-    into a wall), so only the `N` distinct rows are stored, and `row` says which one a pair uses.
-    A padded successor has probability 0.
+    Many state-action pairs share one law (every inadmissible action of ICU-Sepsis), so only the
+    `N` distinct rows are stored, and `row` says which a pair uses. Padding has probability 0.
 
     Attributes:
       successor: `[N, K]` int32, next states.
@@ -228,10 +221,10 @@ class TokenBatch:
       attention_mask: `[B, L]` bool, False on padding.
       response_mask: `[B, L]` bool, the tokens that a loss counts: those of the response, its end
         token included and nothing after it.
-      segment: `[B, L]` int32, which of the sequences packed into its row a token belongs to,
-        counted from 1, and 0 on padding. None where a row is one sequence.
-      log_probability: `[B, L]` float32, of each response token under the law that it was drawn
-        from, and 0 elsewhere. None where the tokens were not drawn.
+      segment: `[B, L]` int32, which sequence of a packed row a token belongs to, counted from 1,
+        and 0 on padding. None where a row is one sequence.
+      log_probability: `[B, L]` float32, of each response token under the law that drew it, and 0
+        elsewhere. None where the tokens were not drawn.
     """
 
     tokens: Array
@@ -242,11 +235,45 @@ class TokenBatch:
 
 
 @struct.dataclass(kw_only=True)
+class Responses:
+    """Responses to prompts, and what is known of them: what every alignment algorithm learns from.
+
+    There are `G` prompts with `K` responses each, a group: samples of a policy, or a preference
+    pair with the chosen one first. A row is a prompt of `P` tokens, padded on the left, and its
+    response of `N` tokens, padded on the right; `L` = `P` + `N`. What is not known is None.
+
+    Attributes:
+      tokens, attention_mask: `[G, K, L]` int32 and bool, False on padding.
+      response_mask: `[G, K, N]` bool, the tokens of the response, its end token included.
+      score: `[G, K]` float32, of whole responses; of a pair, how probably each is the better one.
+      log_probability: `[G, K, N]` float32, of each token under the law that drew it.
+      reference_log_probability: the same under the reference policy.
+      value: `[G, K, N]` float32, of the state before each token, as it was at the rollout.
+      rating: `[G, K, C]` float32, by criterion; NaN where there is none.
+      annotator, margin: `[G]`, who compared the pair, and by how much the chosen one should win.
+    """
+
+    tokens: Array
+    attention_mask: Array
+    response_mask: Array
+    score: Array | None = None
+    log_probability: Array | None = None
+    reference_log_probability: Array | None = None
+    value: Array | None = None
+    rating: Array | None = None
+    annotator: Array | None = None
+    margin: Array | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return self.tokens.shape[-1] - self.response_mask.shape[-1]
+
+
+@struct.dataclass(kw_only=True)
 class KVCache:
     """The keys and values of the tokens that a decoder has read, in `S` slots a row.
 
-    All rows write the same slot at the same time; `mask` says which slots of a row hold a real
-    token, so rows of unequal length are padded on the left.
+    All rows write the same slot at once, so rows of unequal length are padded on the left.
 
     Attributes:
       keys: one `[B, head, S, dim]` a layer. Not one array for all layers, whose parts would be
@@ -337,8 +364,8 @@ class Environment:
       name: for logs and error messages.
       reset: `(key, params) -> (state, observation)`.
       step: `(key, state, action, params) -> (state, TimeStep)`. It does not reset.
-      action_mask: `(state, params) -> [A]` bool, which actions are allowed in `state`. None where
-        all are, always; where given, `TimeStep.info["action_mask"]` repeats it for the new state.
+      action_mask: `(state, params) -> [A]` bool, actions allowed in `state`; None where all are.
+        Where given, `TimeStep.info["action_mask"]` repeats it for the new state.
       default_params: a pytree of arrays, the third argument of every call.
       observation_space: of one observation.
       action_space: of one action.

@@ -112,19 +112,47 @@ def make(
         words = tokenizer.load(directory)
         plain, trunk = hf_checkpoint.load(directory)
         shape = plain.config
-    model = GPT2(
-        shape,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+    model = GPT2(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    return extend(config, BaseModel(model, trunk, words), key, trainable=trainable)
+
+
+def extend(
+    config: Config,
+    base: BaseModel,
+    key: Key,
+    *,
+    trainable: adapters.Trainable = "all",
+    value_width: int | None = None,
+) -> BaseModel:
+    """A fine-tuned model with new parts, to go on from.
+
+    Its LoRA is merged first: what it was fine-tuned to is the reference of what comes next.
+
+    Args:
+      config: of the adapters.
+      base: leaves that its parameters lack are drawn too.
+      key: of what is drawn.
+      trainable: `lora` and `adapter` add such leaves.
+      value_width: of the value head; None adds none.
+
+    Raises:
+      ValueError: if `base` has a residual adapter, which nothing can be merged into.
+    """
+    if base.model.adapter_width is not None:
+        raise ValueError("base has a residual adapter; fine-tune all of it or by LoRA before this")
+    lora = base.model.lora
+    trunk = adapters.trunk(base.params if lora is None else adapters.merge_lora(base.params, lora))
+    model = base.model.clone(
         lora=adapters.LoRA(rank=config.lora_rank) if trainable == "lora" else None,
         adapter_width=config.adapter_width if trainable == "adapter" else None,
+        value_width=value_width,
     )
 
     @jax.jit  # so that nothing is drawn for the leaves that the trunk brings
     def start(key: Key, trunk: PyTree) -> PyTree:
         return adapters.attach(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], trunk)
 
-    return BaseModel(model, start(key, trunk), words)
+    return BaseModel(model, start(key, trunk), base.tokenizer)
 
 
 def export(directory: Path, base: BaseModel) -> Path | None:

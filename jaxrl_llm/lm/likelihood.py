@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxrl_llm.data.tokens import next_token_targets
+from jaxrl_llm.kernels import policy_gradient
 from jaxrl_llm.nn import gpt2
 from jaxrl_llm.numerics import token_log_probabilities
-from jaxrl_llm.types import Array, Key, PyTree, TokenBatch
+from jaxrl_llm.types import Array, Key, PyTree, Responses, TokenBatch
 
 
 class TokenLikelihood(NamedTuple):
@@ -46,11 +48,143 @@ def token_likelihood(
       chunk_size: as in `numerics.token_log_probabilities`.
       dropout_key: drops out; None does not, as scoring must not.
     """
+    hidden = _hidden_states(model, params, batch, dropout_key)
+    targets, mask = next_token_targets(batch)
+    results = _of_targets(params, hidden, targets, temperature, chunk_size)
+
+    def at_its_token(values: Array, dtype: DTypeLike) -> Array:
+        return jnp.pad(values[:, :-1], ((0, 0), (1, 0))).astype(dtype)
+
+    log_probability, entropy = (
+        at_its_token(jnp.where(mask, values, 0), values.dtype) for values in results
+    )
+    return TokenLikelihood(log_probability, entropy, at_its_token(mask, bool))
+
+
+class ResponseLikelihood(NamedTuple):
+    """Of the tokens of responses, `[G, K, N]`; 0 where `response_mask` is False.
+
+    Attributes:
+      log_probability: of the token given those before it, nats.
+      entropy: of the law that predicts it, nats.
+      value: of the state before it; None where the model, or `params`, have no value head.
+    """
+
+    log_probability: Array
+    entropy: Array
+    value: Array | None
+
+
+def response_likelihood(
+    model: gpt2.GPT2,
+    params: PyTree,
+    responses: Responses,
+    *,
+    temperature: Array | float = 1.0,
+    chunk_size: int | None = 1024,
+) -> ResponseLikelihood:
+    """log pi(y_t | x, y_<t), the entropy of pi(· | x, y_<t) and V(x, y_<t).
+
+    Nothing is computed for the prompts' own tokens beyond what the responses attend to, and nothing
+    is dropped out: a ratio of two laws means something only where each is the same every time.
+
+    Args:
+      model: of `params`.
+      params: of `model`; those of `adapters.trunk` are the reference policy.
+      responses: to be scored.
+      temperature: of pi, the one that the tokens were drawn at.
+      chunk_size: as in `numerics.token_log_probabilities`.
+    """
+    rows = as_rows(responses)
+    before, targets = _states_before(model, params, rows, responses.prompt_length)
+    results = _of_targets(params, before, targets, temperature, chunk_size)
+
+    def masked(values: Array) -> Array:
+        mask = responses.response_mask
+        return jnp.where(mask, values.reshape(mask.shape), 0)
+
+    value = None
+    if model.value_width is not None and "value_head" in params:
+        value = masked(jnp.asarray(model.apply({"params": params}, before, method="value")))
+    return ResponseLikelihood(*map(masked, results), value)
+
+
+def exact_kl(
+    model: gpt2.GPT2,
+    params: PyTree,
+    reference: PyTree,
+    responses: Responses,
+    *,
+    temperature: Array | float = 1.0,
+) -> Array:
+    """KL(pi(· | x, y_<t) || ref(· | x, y_<t)) of every state, `[G, K, N]` nats, over all tokens.
+
+    Differentiable in `params` alone. The logits of both laws exist for a row at a time, and are
+    made again in the backward pass.
+
+    Args:
+      model: of both.
+      params: of pi.
+      reference: of ref.
+      responses: whose states count; 0 where `response_mask` is False.
+      temperature: of both.
+    """
+    rows = as_rows(responses)
+    reference = jax.lax.stop_gradient(reference)
+    states = [
+        _states_before(model, each, rows, responses.prompt_length)[0]
+        for each in (params, reference)
+    ]
+
+    @jax.checkpoint
+    def of_row(states: list[Array]) -> Array:
+        pi, ref = (
+            jnp.asarray(model.apply({"params": each}, state, method="logits")) / temperature
+            for each, state in zip((params, reference), states, strict=True)
+        )
+        return jax.vmap(policy_gradient.kl_divergence)(pi, ref)
+
+    mask = responses.response_mask
+    return jnp.where(mask, jax.lax.map(of_row, states).reshape(mask.shape), 0)
+
+
+def as_rows(responses: Responses) -> TokenBatch:
+    """Prompts and responses without their groups, `[G * K, L]`."""
+    size = responses.tokens.shape[-1]
+    before = ((0, 0), (0, 0), (responses.prompt_length, 0))
+    return TokenBatch(
+        tokens=responses.tokens.reshape(-1, size),
+        attention_mask=responses.attention_mask.reshape(-1, size),
+        response_mask=jnp.pad(responses.response_mask, before).reshape(-1, size),
+    )
+
+
+def _states_before(
+    model: gpt2.GPT2, params: PyTree, rows: TokenBatch, prompt_length: int
+) -> tuple[Array, Array]:
+    """What predicts each response token, `[R, N, E]`, and the token, `[R, N]`."""
+    hidden = _hidden_states(model, params, rows, None)
+    return hidden[:, prompt_length - 1 : -1], rows.tokens[:, prompt_length:]
+
+
+def _hidden_states(
+    model: gpt2.GPT2, params: PyTree, batch: TokenBatch, dropout_key: Key | None
+) -> Array:
     options: dict[str, Any] = {"attention_mask": batch.attention_mask, "segment": batch.segment}
     if dropout_key is not None:
         options |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
     hidden: Any = model.apply({"params": params}, batch.tokens, **options, method="hidden_states")
-    targets, mask = next_token_targets(batch)
+    return hidden
+
+
+def _of_targets(
+    params: PyTree,
+    hidden: Array,
+    targets: Array,
+    temperature: Array | float,
+    chunk_size: int | None,
+) -> tuple[Array, Array]:
+    """Log-probability of `targets` `[B, T]`, and entropy, given `hidden` `[B, T, E]`."""
     # In the model's own precision, so that these are the logits it samples from.
     embedding = gpt2.output_embedding(params).astype(hidden.dtype)
     results = token_log_probabilities(
@@ -60,12 +194,5 @@ def token_likelihood(
         temperature=temperature,
         chunk_size=chunk_size,
     )
-
-    def at_its_token(values: Array, dtype: DTypeLike) -> Array:
-        return jnp.pad(values[:, :-1], ((0, 0), (1, 0))).astype(dtype)
-
-    log_probability, entropy = (
-        at_its_token(jnp.where(mask, values.reshape(mask.shape), 0), values.dtype)
-        for values in results
-    )
-    return TokenLikelihood(log_probability, entropy, at_its_token(mask, bool))
+    log_probability, entropy = (values.reshape(targets.shape) for values in results)
+    return log_probability, entropy

@@ -1,16 +1,20 @@
-"""The optimiser of language models: AdamW on the parts that learn, warm-up, then a cosine."""
+"""The optimiser of language models: AdamW on the parts that learn, warm-up, then a decay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrl_llm import checks
 from jaxrl_llm.nn import adapters
-from jaxrl_llm.types import PyTree
+from jaxrl_llm.types import Mean, PyTree, TrainState
+
+Decay = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,10 @@ class Config:
     """The highest, at the end of the warm-up."""
     warmup_fraction: float = 0.03
     """Of the steps, over which the learning rate rises from 0."""
+    decay: Decay = "cosine"
+    """How the learning rate falls after the warm-up."""
     final_fraction: float = 0.1
-    """Of the learning rate, left at the end."""
+    """Of the learning rate, left at the end; unless it is constant."""
     weight_decay: float = 0.1
     """Of matrices; biases and layer normalisation have none."""
     beta1: float = 0.9
@@ -46,9 +52,16 @@ class Config:
             if not 0 <= (decay := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {decay}; it must be at least 0 and less than 1")
         checks.at_least("weight_decay", self.weight_decay, 0)
+        checks.one_of("decay", self.decay, get_args(Decay))
 
 
 ADAMW = Config()
+# What policies learn with. Source: Huang et al. (2024), "The N+ Implementation Details of RLHF with
+# PPO", for the epsilon and the linear decay.
+ADAM = Config(
+    warmup_fraction=0.0, decay="linear", final_fraction=0.0, weight_decay=0.0, beta1=0.9,
+    beta2=0.95, epsilon=1e-5,
+)  # fmt: skip
 
 
 def make(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -71,16 +84,37 @@ def make(config: Config, num_steps: int) -> optax.GradientTransformation:
 
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
-    """The learning rate by step: a line up from 0, then half a cosine down."""
-    # The cosine needs a step, also where the warm-up would take all of them.
+    """The learning rate by step: a line up from 0, then half a cosine or a line down."""
+    # A decay needs a step, also where the warm-up would take all of them.
     warmup_steps = min(round(config.warmup_fraction * num_steps), num_steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=num_steps,
-        end_value=config.final_fraction * config.learning_rate,
-    )
+    rate, end = config.learning_rate, config.final_fraction * config.learning_rate
+    falling = {
+        "cosine": optax.cosine_decay_schedule(
+            rate, num_steps - warmup_steps, config.final_fraction
+        ),
+        "linear": optax.linear_schedule(rate, end, num_steps - warmup_steps),
+        "constant": optax.constant_schedule(rate),
+    }[config.decay]
+    if not warmup_steps:
+        return falling
+    rising = optax.linear_schedule(0.0, rate, warmup_steps)
+    return optax.join_schedules([rising, falling], [warmup_steps])
+
+
+def start(config: Config, num_steps: int, params: PyTree) -> TrainState:
+    """`params` before the first of `num_steps` steps."""
+    opt_state = make(config, num_steps).init(params)
+    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
+
+
+def descend(
+    config: Config, num_steps: int, train: TrainState, gradient: PyTree
+) -> tuple[TrainState, Mean]:
+    """One step down `gradient`, and the length of the gradient before it was clipped."""
+    updates, opt_state = make(config, num_steps).update(gradient, train.opt_state, train.params)
+    params = optax.apply_updates(train.params, updates)
+    moved = TrainState(params=params, opt_state=opt_state, step=train.step + 1)
+    return moved, Mean.of(optax.tree.norm(gradient))
 
 
 def freeze(params: PyTree, trainable: str) -> PyTree:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
 from jaxrl_llm import checks
 from jaxrl_llm.lm import optimizer
+from jaxrl_llm.lm.accumulation import gradient_of_sum
 from jaxrl_llm.lm.likelihood import token_likelihood
+from jaxrl_llm.lm.order import next_rows
 from jaxrl_llm.nn.gpt2 import GPT2
-from jaxrl_llm.numerics import random_permutation
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, TokenBatch, TrainState
 
 
@@ -80,23 +80,13 @@ def make(config: Config, model: GPT2) -> Algorithm:
 
 def start(config: Config, params: PyTree, key: Key) -> State:
     """A learner that has `params`, before its first step."""
-    opt_state = optimizer.make(config.optimizer, config.num_steps).init(params)
-    train = TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
-    return State(train=train, order_key=key)
+    return State(train=optimizer.start(config.optimizer, config.num_steps, params), order_key=key)
 
 
 def next_batch(config: Config, state: State, corpus: TokenBatch) -> TokenBatch:
-    """The rows of the step that `state` is at, `[batch_size, L]`.
-
-    An epoch is every row once, but for the last ones that fill no batch; a corpus shorter than a
-    batch is repeated.
-    """
+    """The rows of the step that `state` is at, `[batch_size, L]`."""
     num_rows = corpus.tokens.shape[0]
-    steps_per_epoch = max(num_rows // config.batch_size, 1)
-    epoch, place = jnp.divmod(state.train.step, steps_per_epoch)
-    order = random_permutation(jax.random.fold_in(state.order_key, epoch), num_rows)
-    order = jnp.resize(order, (max(num_rows, config.batch_size),))
-    rows = jax.lax.dynamic_slice_in_dim(order, place * config.batch_size, config.batch_size)
+    rows = next_rows(state.order_key, state.train.step, config.batch_size, num_rows)
     return jax.tree.map(lambda leaf: leaf[rows], corpus)
 
 
@@ -104,28 +94,17 @@ def update(
     config: Config, model: GPT2, key: Key, state: State, batch: TokenBatch
 ) -> tuple[State, dict[str, Mean]]:
     """One optimiser step on `batch`."""
-    train = state.train
-    gradient, loss = gradient_of_mean(config, model, key, train.params, batch)
-    updates, opt_state = optimizer.make(config.optimizer, config.num_steps).update(
-        gradient, train.opt_state, train.params
-    )
-    params = optax.apply_updates(train.params, updates)
-    train = TrainState(params=params, opt_state=opt_state, step=train.step + 1)
-    norm = Mean.of(optax.tree.norm(gradient))
+    gradient, loss = gradient_of_mean(config, model, key, state.train.params, batch)
+    train, norm = optimizer.descend(config.optimizer, config.num_steps, state.train, gradient)
     return replace(state, train=train), {"loss": loss, "gradient_norm": norm}
 
 
 def gradient_of_mean(
     config: Config, model: GPT2, key: Key, params: PyTree, batch: TokenBatch
 ) -> tuple[PyTree, Mean]:
-    """The gradient of the mean negative log-likelihood a token, and that mean, of all of `batch`.
+    """The gradient of the mean negative log-likelihood a token of `batch`, and that mean."""
 
-    Micro-batches add totals and counts, and are divided once at the end: a mean of their means
-    would weigh a token by how few others its part happens to hold.
-    """
-    parts = config.num_micro_batches
-
-    def total(params: PyTree, key: Key, part: TokenBatch) -> tuple[Array, Mean]:
+    def total(params: PyTree, part: TokenBatch, key: Key) -> tuple[Array, Mean]:
         likelihood = token_likelihood(
             model,
             optimizer.freeze(params, config.optimizer.trainable),
@@ -136,22 +115,6 @@ def gradient_of_mean(
         loss = Mean.of(-likelihood.log_probability, likelihood.mask)
         return loss.total, loss
 
-    def of_part(key: Key, part: TokenBatch) -> tuple[PyTree, Mean]:
-        return jax.grad(total, has_aux=True)(params, key, part)
-
-    if parts == 1:
-        gradient, loss = of_part(key, batch)
-    else:
-        split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-        inputs = jax.random.split(key, parts), split
-        first = jax.tree.map(lambda leaf: leaf[0], inputs)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, *first)
-        )
-
-        def add(sums: PyTree, each: PyTree) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, sums, of_part(*each)), None
-
-        (gradient, loss), _ = jax.lax.scan(add, zeros, inputs)
+    gradient, loss = gradient_of_sum(total, params, batch, config.num_micro_batches, key)
     count = jnp.maximum(loss.weight, 1)
     return jax.tree.map(lambda leaf: leaf / count, gradient), loss

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from zlib import crc32
 
 import jax
 import numpy as np
@@ -70,15 +71,38 @@ ConfigT_co = TypeVar("ConfigT_co", bound=RunConfig, covariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Generic[ConfigT_co]):
-    """A run's folder, the configuration it was STARTED with, and whether it is going on."""
+    """A run's folder, the configuration it was STARTED with, and whether it is going on.
+
+    Attributes:
+      directory: of the run, or of one of its stages.
+      config: of the whole run.
+      resumed: whether it goes on from where it was stopped.
+      stage: which one, where a run trains several learners one after another.
+    """
 
     directory: Path
     config: ConfigT_co
     resumed: bool
+    stage: str | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
+
+    @property
+    def key(self) -> Key:
+        """Root of every random number of the run, or of the stage."""
+        root = jax.random.key(self.config.seed)
+        return root if self.stage is None else jax.random.fold_in(root, crc32(self.stage.encode()))
+
+    def start_stage(self, name: str) -> Run[ConfigT_co]:
+        """The run's stage `name`: with a folder, checkpoints, a log and random numbers of its own.
+
+        A resumed run goes through the stages again; one that had ended only restores its end.
+        """
+        directory = self.directory / name
+        directory.mkdir(exist_ok=True)
+        return dataclasses.replace(self, directory=directory, stage=name)
 
 
 def open_run(name: str, config: ConfigT) -> Run[ConfigT]:
@@ -105,7 +129,7 @@ def open_run(name: str, config: ConfigT) -> Run[ConfigT]:
 def keys(run: Run[Any], count: int) -> Key:
     """`[count]` keys of a run's own, for what is drawn outside of `train`."""
     # `loop.run` splits the same root in two.
-    return jax.random.split(jax.random.key(run.config.seed), 2 + count)[2:]
+    return jax.random.split(run.key, 2 + count)[2:]
 
 
 def train(
@@ -137,7 +161,7 @@ def train(
       The final state.
     """
     config = run.config
-    key = jax.random.key(config.seed)
+    key = run.key
     like = jax.eval_shape(algorithm.init, key) if state is None else state
     restored, begin = _restore(run, like, num_steps)
     with _open_log(run, begin) as log:
@@ -154,6 +178,7 @@ def train(
             start=begin,
             data=data,
             sequential=sequential,
+            label=run.stage or "training",
             unit=unit,
         )
 
@@ -209,7 +234,8 @@ def _restore(run: Run[Any], target: PyTree, num_steps: int) -> tuple[PyTree | No
     if not (run.resumed and folder.exists() and any(p.name.isdecimal() for p in folder.iterdir())):
         return None, 0
     state, step, _ = checkpoint.restore(folder, target)
-    print(f"restored step {step} of {num_steps}", flush=True)
+    where = f"{run.stage}: " if run.stage else ""
+    print(f"{where}restored step {step} of {num_steps}", flush=True)
     return state, step
 
 

@@ -10,6 +10,8 @@ from a checkpoint, ends in the same bits.
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +75,9 @@ def run(
       The state after step `num_steps`.
 
     Raises:
-      ValueError: if a count is out of range, or one of `state` and `start` lacks the other.
+      ValueError: if a count is out of range, or one of `state` and `start` lacks the other; what a
+        host callback of the algorithm raised; or, before anything of the chunk is reported or
+        saved, if a metric is not a finite number.
     """
     _check_counts(num_steps, chunk_steps, items_per_step, save_steps, start)
     if state is None and start > 0:
@@ -92,8 +96,10 @@ def run(
         step = start
         while step < num_steps:
             previous, step = step, min(num_steps, (step // chunk_steps + 1) * chunk_steps)
-            state, sums = chunk(state, step_key, jnp.int32(previous), jnp.int32(step), *corpus)
-            metrics = means(sums)
+            with _callback_faults():
+                state, sums = chunk(state, step_key, jnp.int32(previous), jnp.int32(step), *corpus)
+                metrics = means(sums)
+            _check_finite(metrics, previous, step)
             progress.advance(step * items_per_step, metrics)
             if report is not None:
                 report(step, metrics, state)
@@ -137,6 +143,34 @@ def means(sums: dict[str, Mean]) -> Metrics:
     """Host values of `Mean` metrics: floats, or NumPy arrays where they have axes."""
     values = jax.device_get({name: total.mean for name, total in sums.items()})
     return {name: float(value) if np.ndim(value) == 0 else value for name, value in values.items()}
+
+
+def _check_finite(metrics: Metrics, previous: int, step: int) -> None:
+    for name, value in metrics.items():
+        if not np.all(np.isfinite(value)):
+            raise ValueError(
+                f"{name} is {np.ravel(value)[~np.isfinite(np.ravel(value))][0]} in steps "
+                f"{previous + 1} to {step}, of which nothing is saved; mend the cause, then resume "
+                "from the last checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def _callback_faults() -> Iterator[None]:
+    """Raises the ValueError of a host callback, which XLA reports inside an error of its own."""
+    logger = logging.getLogger("jax._src.callback")
+    level = logger.level
+    # It would print the whole stack of the callback, to say the same.
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        fault = re.search(r"^ValueError: (.*)$", str(error), re.MULTILINE)
+        if fault is None:
+            raise
+        raise ValueError(fault.group(1)) from None
+    finally:
+        logger.setLevel(level)
 
 
 def _compile(
