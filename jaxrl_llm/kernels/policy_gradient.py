@@ -213,25 +213,33 @@ def importance_ratio(log_probability: Array, old_log_probability: Array) -> Arra
 
 
 def ppo_clip_loss(
-    log_probability: Array, old_log_probability: Array, advantage: Array, clip_epsilon: float
+    log_probability: Array,
+    old_log_probability: Array,
+    advantage: Array,
+    clip_epsilon: float,
+    clip_epsilon_high: float | None = None,
 ) -> Array:
-    """max(-r A, -clip(r, 1 - epsilon, 1 + epsilon) A), r = pi(a | s) / pi_old(a | s).
+    """max(-r A, -clip(r, 1 - epsilon, 1 + epsilon_high) A), r = pi(a | s) / pi_old(a | s).
 
     Args:
       log_probability: log pi(a | s), any shape.
       old_log_probability: log pi_old(a | s) as it was when a was sampled, the same shape.
       advantage: A, the same shape; it receives no gradient.
       clip_epsilon: epsilon > 0.
+      clip_epsilon_high: of the upper end; None is epsilon. A larger one lets an unlikely action
+        gain more in one update, which keeps the entropy up.
 
     Returns:
       Of that shape.
 
-    Source: Schulman et al. (2017), eq. 7, negated.
+    Source: Schulman et al. (2017), eq. 7, negated; Yu et al. (2025), "DAPO", arXiv:2503.14476,
+    section 3.1, for two ends ("clip-higher").
     """
     chex.assert_equal_shape((log_probability, advantage))
     advantage = jax.lax.stop_gradient(advantage)
     ratio = importance_ratio(log_probability, old_log_probability)
-    clipped = jnp.clip(ratio, min=1 - clip_epsilon, max=1 + clip_epsilon)
+    high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
+    clipped = jnp.clip(ratio, min=1 - clip_epsilon, max=1 + high)
     return jnp.maximum(-ratio * advantage, -clipped * advantage)
 
 
@@ -241,6 +249,7 @@ def ppo_dual_clip_loss(
     advantage: Array,
     clip_epsilon: float,
     dual_clip: float,
+    clip_epsilon_high: float | None = None,
 ) -> Array:
     """`ppo_clip_loss`, at most -c A where A < 0.
 
@@ -253,6 +262,7 @@ def ppo_dual_clip_loss(
       advantage: A, the same shape; it receives no gradient.
       clip_epsilon: epsilon > 0.
       dual_clip: c > 1; 3 in the paper.
+      clip_epsilon_high: as in `ppo_clip_loss`.
 
     Returns:
       Of that shape.
@@ -260,7 +270,9 @@ def ppo_dual_clip_loss(
     Source: Ye et al. (2020), "Mastering Complex Control in MOBA Games with Deep Reinforcement
     Learning", eq. 5, negated.
     """
-    loss = ppo_clip_loss(log_probability, old_log_probability, advantage, clip_epsilon)
+    loss = ppo_clip_loss(
+        log_probability, old_log_probability, advantage, clip_epsilon, clip_epsilon_high
+    )
     advantage = jax.lax.stop_gradient(advantage)
     return jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
 
