@@ -18,8 +18,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+Parsed = TypeVar("Parsed")
 
 ROLES = ("system", "user", "assistant", "tool")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -152,13 +155,23 @@ def rendered_by(render: Render) -> Template:
 
 
 def read_json_lines(path: str | Path, *, template: Template = CHATML) -> Iterator[Example]:
+    """The records of a file as examples, as `read_records` reads them.
+
+    Args:
+      path: of a UTF-8 file with one record a line, in any of the formats above.
+      template: turns messages into text.
+    """
+    return read_records(path, partial(parse_record, template=template))
+
+
+def read_records(path: str | Path, parse: Callable[[object], Parsed]) -> Iterator[Parsed]:
     """The records of a file, read one line at a time.
 
     Blank lines and a byte order mark are passed over.
 
     Args:
       path: of a UTF-8 file with one record a line.
-      template: turns messages into text.
+      parse: what a record stands for; raises ValueError as `what; remedy`.
 
     Raises:
       ValueError: at the first fault, as `path:line: what; remedy`; if the file cannot be read or
@@ -173,10 +186,10 @@ def read_json_lines(path: str | Path, *, template: Template = CHATML) -> Iterato
                     continue
                 num_records += 1
                 try:
-                    example = parse_record(_decode(content.rstrip(b"\r\n")), template=template)
+                    parsed = parse(decode(content.rstrip(b"\r\n")))
                 except ValueError as error:
                     raise ValueError(f"{path}:{number}: {error}") from None
-                yield example
+                yield parsed
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; check the path") from None
     if not num_records:
@@ -186,9 +199,20 @@ def read_json_lines(path: str | Path, *, template: Template = CHATML) -> Iterato
 def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
     """Writes records that `read_json_lines` and TRL read, all of them or nothing.
 
+    Arguments and errors: `write_records`, of any of the formats above.
+    """
+    return write_records(path, records, parse_record)
+
+
+def write_records(
+    path: str | Path, records: Iterable[Mapping[str, Any]], parse: Callable[[object], object]
+) -> int:
+    """Writes one record a line, all of them or nothing.
+
     Args:
       path: of the file, replaced at the end in one step.
-      records: in any of the formats above, streamed.
+      records: streamed.
+      parse: what will read a record; raises ValueError as `what; remedy`.
 
     Returns:
       The number of records.
@@ -203,7 +227,7 @@ def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> 
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for record in records:
                 try:
-                    parse_record(record)
+                    parse(record)
                 except ValueError as error:
                     raise ValueError(f"records[{num_records}]: {error}") from None
                 file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
@@ -225,17 +249,23 @@ def parse_record(record: object, *, template: Template = CHATML) -> Example:
       ValueError: naming the field.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"the record is {_kind(record)}; it must be an object")
+        raise ValueError(f"the record is {json_type(record)}; it must be an object")
     if "messages" in record:
-        return _conversation(_messages('"messages"', record["messages"]), template, '"messages"')
+        messages = parse_messages('"messages"', record["messages"])
+        return _conversation(messages, template, '"messages"')
     if "prompt" in record or "completion" in record:
-        return _prompt_and_completion(record, template)
+        return parse_completion(record, template=template)
     if "text" in record:
-        return Example((Piece(_text('"text"', record["text"], required=True), True),))
+        return Example((Piece(parse_text('"text"', record["text"], required=True), True),))
     raise ValueError('no known field; give "prompt" and "completion", "messages" or "text"')
 
 
-def _decode(line: bytes) -> object:
+def decode(line: bytes) -> object:
+    """The record that a line holds.
+
+    Raises:
+      ValueError: if it is not JSON in UTF-8.
+    """
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -248,20 +278,27 @@ def _decode(line: bytes) -> object:
         raise ValueError("a number or a nesting is too long; shorten it") from None
 
 
-def _prompt_and_completion(record: Mapping[str, Any], template: Template) -> Example:
-    for name, other in (("prompt", "completion"), ("completion", "prompt")):
-        if name not in record:
-            raise ValueError(f'"{name}" is missing; a record with "{other}" has both')
-    prompt, completion = record["prompt"], record["completion"]
+def parse_completion(
+    record: Mapping[str, Any], name: str = "completion", *, template: Template = CHATML
+) -> Example:
+    """The fields "prompt" and `name` of a record, two texts or two lists of messages.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    for field, other in (("prompt", name), (name, "prompt")):
+        if field not in record:
+            raise ValueError(f'"{field}" is missing; a record with "{other}" has both')
+    prompt, completion = record["prompt"], record[name]
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = [turn._replace(is_completion=False) for turn in _messages('"prompt"', prompt)]
-        answered = _messages('"completion"', completion)
-        return _conversation([*asked, *answered], template, '"completion"')
+        asked = [turn._replace(is_completion=False) for turn in parse_messages('"prompt"', prompt)]
+        answered = parse_messages(f'"{name}"', completion)
+        return _conversation([*asked, *answered], template, f'"{name}"')
     if isinstance(prompt, list) != isinstance(completion, list):
-        kinds = f'"prompt" is {_kind(prompt)} and "completion" {_kind(completion)}'
+        kinds = f'"prompt" is {json_type(prompt)} and "{name}" {json_type(completion)}'
         raise ValueError(f"{kinds}; give two strings or two lists of messages")
-    text = _text('"prompt"', prompt)
-    return Example.of(text, _text('"completion"', completion, required=True))
+    text = parse_text('"prompt"', prompt)
+    return Example.of(text, parse_text(f'"{name}"', completion, required=True))
 
 
 def _conversation(messages: Sequence[Message], template: Template, name: str) -> Example:
@@ -270,14 +307,15 @@ def _conversation(messages: Sequence[Message], template: Template, name: str) ->
     return Example(tuple(template(messages)))
 
 
-def _messages(name: str, value: object) -> list[Message]:
+def parse_messages(name: str, value: object) -> list[Message]:
+    """The turns of a conversation in the field `name`; assistant turns are completions."""
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {_kind(value)}; it must be a list of messages")
+        raise ValueError(f"{name} is {json_type(value)}; it must be a list of messages")
     messages: list[Message] = []
     for index, item in enumerate(value):
         place = f"{name}[{index}]"
         if not isinstance(item, Mapping):
-            raise ValueError(f'{place} is {_kind(item)}; it must be {{"role", "content"}}')
+            raise ValueError(f'{place} is {json_type(item)}; it must be {{"role", "content"}}')
         for field in ("role", "content"):
             if field not in item:
                 raise ValueError(f'{place}.{field} is missing; a message has "role" and "content"')
@@ -285,15 +323,15 @@ def _messages(name: str, value: object) -> list[Message]:
         if role not in ROLES:
             raise ValueError(f"{place}.role is {role!r}; it must be one of {', '.join(ROLES)}")
         is_completion = role == "assistant"
-        content = _text(f"{place}.content", item["content"], required=is_completion)
+        content = parse_text(f"{place}.content", item["content"], required=is_completion)
         messages.append(Message(role, content, is_completion))
     return messages
 
 
-def _text(name: str, value: object, *, required: bool = False) -> str:
-    """`value`, if it is a string that can be tokenized, and not blank where it is `required`."""
+def parse_text(name: str, value: object, *, required: bool = False) -> str:
+    """The field `name`: a string that can be tokenized, and not blank where it is `required`."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {_kind(value)}; it must be a string")
+        raise ValueError(f"{name} is {json_type(value)}; it must be a string")
     if required and not value.strip():
         raise ValueError(f"{name} is empty; give it text or leave the record out")
     try:
@@ -304,7 +342,7 @@ def _text(name: str, value: object, *, required: bool = False) -> str:
     return value
 
 
-def _kind(value: object) -> str:
+def json_type(value: object) -> str:
     """What JSON calls the type of `value`."""
     names = {"str": "a string", "list": "a list", "dict": "an object", "bool": "a boolean"}
     return "null" if value is None else names.get(type(value).__name__, "a number")
