@@ -1,0 +1,399 @@
+"""A reward model learnt from comparisons of two responses, and from ratings by criterion.
+
+    algorithm = make(config, model)
+    state = start(config, from_language_model(model, params, head_key), order_key)
+    state, metrics = algorithm.step(step_key, state, pairs)
+    params = state.train.params
+    params = normalise(params, score(model, params, reference_responses).overall)
+
+Pairs are `Responses` with K = 2, all of them on the device. `score[:, 0]` is how probably the first
+is the better one: 1, 0, or 0.5 in a tie; where there is no score the first was chosen. Each step
+takes the next `batch_size` pairs, in an order shuffled anew every epoch.
+
+Source: Stiennon et al. (2020), "Learning to summarize from human feedback", section 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import ArrayLike
+
+from jaxrl_llm import checks
+from jaxrl_llm.kernels import preferences
+from jaxrl_llm.lm import optimizer
+from jaxrl_llm.lm.accumulation import gradient_of_sum
+from jaxrl_llm.lm.evaluate import Calibration
+from jaxrl_llm.lm.order import next_rows
+from jaxrl_llm.lm.scores import Estimate, wilson_interval
+from jaxrl_llm.nn.reward_model import RewardModel, Scores
+from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses, TrainState
+
+ADAMW = optimizer.Config(learning_rate=3e-4)
+
+# Of these few numbers each is learnt from many pairs: see `Config.choice_rate`.
+_CHOICE_LEAVES = {"annotator_logit", "tie_logit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the reward model learns from, how long and on how much."""
+
+    num_steps: int = 500
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Pairs a step."""
+    num_micro_batches: int = 1
+    """Parts that a step's pairs go through the model in, one after another: the same gradient."""
+    label_smoothing: float = 0.0
+    """How often a comparison is taken to be wrong, in [0, 0.5)."""
+    centring_coefficient: float = 0.01
+    """Of (s_1 + s_2)^2, which holds scores near 0: comparisons leave their mean undetermined."""
+    rating_coefficient: float = 1.0
+    """Of the mean squared error of the criteria, over all ratings that are given."""
+    num_annotators: int = 0
+    """How many compared the pairs, to learn how reliable each is; 0 takes all to be alike."""
+    first_reliability: float = 0.9
+    """How often an annotator is taken to report what the scores say, before anything is learnt."""
+    learn_ties: bool = False
+    """Learn how close a call is a tie (Rao & Kupper); False counts a tie as half a win of each."""
+    choice_rate: float = 30.0
+    """Learning rate of reliabilities and ties, in multiples of the model's: they have far to go."""
+    optimizer: optimizer.Config = ADAMW
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, unless steps can be taken."""
+        for name in ("num_steps", "batch_size", "num_micro_batches"):
+            checks.at_least(name, getattr(self, name), 1)
+        checks.divisible("batch_size", self.batch_size, "num_micro_batches", self.num_micro_batches)
+        if not 0 <= self.label_smoothing < 0.5:
+            remedy = "it must be at least 0 and less than 0.5"
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; {remedy}")
+        if not 0.5 < self.first_reliability < 1:
+            remedy = "it must be between 0.5 and 1"
+            raise ValueError(f"first_reliability is {self.first_reliability}; {remedy}")
+        for name in ("centring_coefficient", "rating_coefficient", "num_annotators", "choice_rate"):
+            checks.at_least(name, getattr(self, name), 0)
+        if self.learn_ties and (self.num_annotators or self.label_smoothing):
+            remedy = "set num_annotators and label_smoothing to 0"
+            raise ValueError(f"learn_ties is True, which is a law of the choice itself; {remedy}")
+        if self.optimizer.trainable != "all":
+            remedy = "a reward model has no adapters: train all"
+            raise ValueError(f"optimizer.trainable is {self.optimizer.trainable}; {remedy}")
+
+
+@struct.dataclass(kw_only=True)
+class State:
+    """A learner: what it has learnt, and the root of the order in which it sees its pairs."""
+
+    train: TrainState
+    order_key: Key
+
+
+def make(config: Config, model: RewardModel) -> Algorithm:
+    """Training of `model`; `init` draws its parameters, `step` takes the pairs as well."""
+
+    def init(key: Key) -> State:
+        params_key, order_key = jax.random.split(key)
+        params = model.init(params_key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return start(config, params, order_key)
+
+    def step(key: Key, state: State, pairs: Responses) -> tuple[State, dict[str, Mean]]:
+        return update(config, model, key, state, next_batch(config, state, pairs))
+
+    return Algorithm(init=init, step=step)
+
+
+def checked_pairs(config: Config, model: RewardModel, pairs: Responses) -> Responses:
+    """`pairs` on the device, if `model` can learn from them as `config` says.
+
+    Raises:
+      ValueError: naming the first field with a fault, its place, the value and the remedy.
+    """
+    preference(pairs)
+    if config.num_annotators:
+        annotator, count = _annotator(pairs), config.num_annotators
+        _check(
+            "annotator", annotator, lambda x: (x >= 0) & (x < count), f"it must be in [0, {count})"
+        )
+    if pairs.score is not None:
+        total = np.sum(pairs.score, axis=1)
+        _check("score", pairs.score, lambda x: (x >= 0) & (x <= 1), "it must be in [0, 1]")
+        _check("score.sum", total, lambda x: np.isclose(x, 1), "the two must sum to 1")
+    if pairs.rating is not None:
+        _check_criteria(pairs.rating.shape[-1], len(model.criteria))
+        remedy = "it must be in [0, 1], or NaN where there is none"
+        _check("rating", pairs.rating, lambda x: np.isnan(x) | ((x >= 0) & (x <= 1)), remedy)
+    if pairs.margin is not None:
+        _check("margin", pairs.margin, np.isfinite, "it must be finite, 0 where it is unknown")
+    length = np.sum(pairs.attention_mask, axis=-1)
+    _check("attention_mask.sum", length, lambda x: x > 0, "a text needs a token")
+    return jax.tree.map(jnp.asarray, pairs)
+
+
+def start(config: Config, params: PyTree, key: Key) -> State:
+    """A learner that has `params`, before its first step, and what it learns of the annotators."""
+    params = dict(params)
+    if config.num_annotators:
+        logit = np.log(config.first_reliability / (1 - config.first_reliability))
+        params["annotator_logit"] = jnp.full(config.num_annotators, logit, jnp.float32)
+    if config.learn_ties:
+        params["tie_logit"] = jnp.zeros((), jnp.float32)
+    train = optimizer.start(config.optimizer, config.num_steps, params)
+    return State(train=train, order_key=key)
+
+
+def next_batch(config: Config, state: State, pairs: Responses) -> Responses:
+    """The pairs of the step that `state` is at."""
+    num_pairs = pairs.tokens.shape[0]
+    rows = next_rows(state.order_key, state.train.step, config.batch_size, num_pairs)
+    return jax.tree.map(lambda leaf: leaf[rows], pairs)
+
+
+def update(
+    config: Config, model: RewardModel, key: Key, state: State, batch: Responses
+) -> tuple[State, dict[str, Mean]]:
+    """One optimiser step on `batch`."""
+    before = state.train.params
+    gradient, metrics = gradient_of_loss(config, model, key, before, batch)
+    train, norm = optimizer.descend(config.optimizer, config.num_steps, state.train, gradient)
+    params = dict(train.params)
+    for name in _CHOICE_LEAVES & params.keys():
+        params[name] = before[name] + config.choice_rate * (params[name] - before[name])
+    state = replace(state, train=replace(train, params=params))
+    return state, {**metrics, "gradient_norm": norm}
+
+
+def gradient_of_loss(
+    config: Config, model: RewardModel, key: Key, params: PyTree, batch: Responses
+) -> tuple[PyTree, dict[str, Mean]]:
+    """The gradient of the loss of all of `batch`, and what to report.
+
+    The loss is the mean over pairs of the preference loss and of the centring penalty (Eisenstein
+    et al. 2023, "Helping or herding?"), plus the mean squared error over the ratings that are
+    given: a Brier score, least where a criterion's head is the expected rating. What is missing
+    has no gradient at all.
+    """
+    num_pairs = batch.tokens.shape[0]
+    rating = batch.rating
+    num_ratings = 1 if rating is None else jnp.maximum(jnp.sum(~jnp.isnan(rating)), 1)
+
+    def total(params: PyTree, part: Responses, key: Key) -> tuple[Array, dict[str, Mean]]:
+        overall, criteria = _apply(model, params, part, method="raw", dropout_key=key)
+        metrics = {
+            "preference_loss": Mean.of(preference_loss(config, params, overall, part)),
+            "centring_loss": Mean.of(jnp.square(jnp.sum(overall, axis=1))),
+        }
+        loss = metrics["preference_loss"].total
+        loss += config.centring_coefficient * metrics["centring_loss"].total
+        loss /= num_pairs
+        if part.rating is not None:
+            error = rating_error(criteria, part.rating)
+            metrics["rating_loss"] = Mean.of(error, ~jnp.isnan(part.rating))
+            loss += config.rating_coefficient * metrics["rating_loss"].total / num_ratings
+        return loss, metrics | _agreement(overall, preference(part))
+
+    gradient, metrics = gradient_of_sum(total, params, batch, config.num_micro_batches, key)
+    loss = metrics["preference_loss"].mean
+    loss += config.centring_coefficient * metrics["centring_loss"].mean
+    if rating is not None:
+        loss += config.rating_coefficient * metrics["rating_loss"].mean
+    return gradient, {"loss": Mean.of(loss), **metrics}
+
+
+def preference_loss(config: Config, params: PyTree, overall: Array, pairs: Responses) -> Array:
+    """-log P(what the annotator reported), `[G]` nats, of raw scores `[G, 2]`.
+
+    By Bradley-Terry, Crowd-BT where reliabilities are learnt, or Rao-Kupper where ties are. The
+    margin is what the better one must win by.
+    """
+    reported = preference(pairs)
+    first, second = overall[:, 0], overall[:, 1]
+    if pairs.margin is not None:
+        first = first - (2 * reported - 1) * pairs.margin
+    if config.learn_ties:
+        width = jax.nn.softplus(params["tie_logit"])
+        return preferences.rao_kupper_loss(first, second, reported, width)
+    smoothed = reported + config.label_smoothing * (1 - 2 * reported)
+    if not config.num_annotators:
+        return preferences.soft_bradley_terry_loss(first, second, smoothed)
+    logit = params["annotator_logit"][_annotator(pairs)]
+    return preferences.crowd_bradley_terry_loss(first, second, smoothed, logit)
+
+
+def rating_error(criteria: Array, rating: Array) -> Array:
+    """The squared error of each criterion, `[G, K, C]`; 0, and without gradient, where NaN."""
+    _check_criteria(rating.shape[-1], criteria.shape[-1])
+    given = ~jnp.isnan(rating)
+    return jnp.square(jnp.where(given, criteria - jnp.where(given, rating, 0), 0))
+
+
+def preference(pairs: Responses) -> Array:
+    """How probably the first of each pair is the better one, `[G]`."""
+    if pairs.tokens.shape[1] != 2:
+        raise ValueError(f"pairs have {pairs.tokens.shape[1]} responses to a prompt; give 2")
+    return jnp.ones(pairs.tokens.shape[0]) if pairs.score is None else pairs.score[:, 0]
+
+
+def score(model: RewardModel, params: PyTree, responses: Responses) -> Scores:
+    """Overall scores `[G, K]`, normalised as `params` are, and criteria `[G, K, C]`."""
+    return _apply(model, params, responses)
+
+
+def score_all(
+    model: RewardModel, params: PyTree, responses: Responses, *, batch_size: int = 64
+) -> Scores:
+    """`score` for the host, as NumPy arrays; `batch_size` prompts go through the model at once."""
+    checks.at_least("batch_size", batch_size, 1)
+    num_prompts = responses.tokens.shape[0]
+    batch_size = min(batch_size, num_prompts)
+    parts: list[Any] = []
+    for begin in range(0, num_prompts, batch_size):
+        # The last batch is filled up with the last prompt, so that it compiles no new program.
+        chosen = np.minimum(np.arange(begin, begin + batch_size), num_prompts - 1)
+        rows = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], responses)
+        parts.append(jax.device_get(_score(model, params, rows)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_prompts], *parts)
+
+
+_score = jax.jit(score, static_argnames="model")
+
+
+def normalise(params: PyTree, scores: ArrayLike) -> PyTree:
+    """`params` whose overall scores of the same texts have mean 0 and standard deviation 1.
+
+    For the host. The deviation is that of these scores, with divisor n.
+
+    Args:
+      params: of a reward model, or of several, stacked on a leading axis `M`.
+      scores: `[...]`, what it makes of reference responses now, gain and bias included; of several
+        `[M, ...]`.
+
+    Raises:
+      ValueError: if the scores of a model are not finite, or all the same.
+    """
+    gain, bias = np.asarray(params["gain"]), np.asarray(params["bias"])
+    flat = np.asarray(scores, np.float64).reshape(*gain.shape, -1)
+    if not np.isfinite(flat).all():
+        raise ValueError("scores are not all finite; look for a reward model that has diverged")
+    mean, deviation = flat.mean(axis=-1), flat.std(axis=-1)
+    is_constant = np.ptp(flat, axis=-1) == 0
+    if is_constant.any():
+        value = mean[is_constant].flat[0] if mean.ndim else mean
+        raise ValueError(f"scores are all {value:g}; give responses that the model tells apart")
+    return {
+        **params,
+        "gain": jnp.asarray(gain / deviation, jnp.float32),
+        "bias": jnp.asarray((bias - mean) / deviation, jnp.float32),
+    }
+
+
+def accuracy(
+    model: RewardModel,
+    params: PyTree,
+    pairs: Responses,
+    *,
+    batch_size: int = 64,
+    confidence: float = 0.95,
+) -> Estimate:
+    """How often the model prefers what was preferred, with Wilson's interval; ties do not count.
+
+    Equal scores count as half right.
+
+    Raises:
+      ValueError: if every pair is a tie.
+    """
+    overall = score_all(model, params, pairs, batch_size=batch_size).overall
+    correct = jax.device_get(_agreement(jnp.asarray(overall), preference(pairs))["accuracy"])
+    if not correct.weight:
+        raise ValueError("pairs are all ties; give at least one that was decided")
+    interval = wilson_interval(correct.total, correct.weight, confidence=confidence)
+    return Estimate(float(correct.mean), *map(float, interval))
+
+
+def calibration(
+    model: RewardModel,
+    params: PyTree,
+    pairs: Responses,
+    *,
+    num_bins: int = 10,
+    batch_size: int = 64,
+) -> Calibration:
+    """Whether responses that the model prefers with probability p are preferred in a share p.
+
+    That is sigma(s_1 - s_2) of raw scores, so it does not depend on their normalisation. A tie is
+    half a win. Confidence is that in the likelier response, in [0.5, 1], by bins of equal width
+    between these; the Brier score is sum_j (p_j - y_j)^2 over the two responses.
+
+    Raises:
+      ValueError: if `num_bins` is less than 1.
+    """
+    checks.at_least("num_bins", num_bins, 1)
+    overall = score_all(model, params, pairs, batch_size=batch_size).overall
+    probability = jax.nn.sigmoid((overall[:, 0] - overall[:, 1]) / params["gain"])
+    reported = preference(pairs)
+    first = probability >= 0.5
+    confidence = jnp.where(first, probability, 1 - probability)
+    outcome = jnp.where(first, reported, 1 - reported)
+    bins = jnp.clip(jnp.ceil((2 * confidence - 1) * num_bins) - 1, min=0, max=num_bins - 1)
+
+    def by_bin(values: Array) -> Mean:
+        return jax.vmap(lambda index: Mean.of(values, bins == index))(jnp.arange(num_bins))
+
+    brier = Mean.of(2 * jnp.square(confidence - outcome))
+    return Calibration(confidence=by_bin(confidence), accuracy=by_bin(outcome), brier=brier)
+
+
+def _apply(
+    model: RewardModel,
+    params: PyTree,
+    responses: Responses,
+    *,
+    method: str = "__call__",
+    dropout_key: Key | None = None,
+) -> Scores:
+    """Scores of the groups, by a method of the model, which reads rows."""
+    groups = responses.tokens.shape[:2]
+    inputs = responses.tokens, responses.attention_mask, responses.response_mask
+    rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in inputs]
+    options: dict[str, Any] = {}
+    if dropout_key is not None:
+        options = {"deterministic": False, "rngs": {"dropout": dropout_key}}
+    scores: Any = model.apply({"params": params}, *rows, **options, method=method)
+    return jax.tree.map(lambda leaf: leaf.reshape(*groups, *leaf.shape[1:]), scores)
+
+
+def _agreement(overall: Array, reported: Array) -> dict[str, Mean]:
+    """How scores `[G, 2]` agree with the preferences reported, `[G]`; ties are not counted."""
+    sign = jnp.sign(2 * reported - 1)
+    margin = sign * (overall[:, 0] - overall[:, 1])
+    return {
+        "accuracy": Mean.of((1 + jnp.sign(margin)) / 2, sign != 0),
+        "score_margin": Mean.of(margin, sign != 0),
+        "score": Mean.of(overall),
+    }
+
+
+def _annotator(pairs: Responses) -> Array:
+    if pairs.annotator is None:
+        raise ValueError("pairs.annotator is None; give who compared each, or num_annotators = 0")
+    return pairs.annotator
+
+
+def _check(name: str, values: Any, is_right: Callable[[Any], Any], remedy: str) -> None:
+    values = np.asarray(values)
+    for place in np.argwhere(~is_right(values)):
+        shown = ", ".join(map(str, place))
+        raise ValueError(f"pairs.{name}[{shown}] is {values[tuple(place)]}; {remedy}")
+
+
+def _check_criteria(num_rated: int, num_criteria: int) -> None:
+    if num_rated != num_criteria:
+        fault = f"pairs.rating has {num_rated} criteria"
+        raise ValueError(f"{fault}; the model's criteria are {num_criteria}")
