@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import harness, machine
 
-MODULES = ("bellman", "returns", "environments", "ppo", "gpt2")
+MODULES = ("bellman", "returns", "environments", "ppo", "gpt2", "rlhf")
 COLUMNS = (
     "case",
     "median (quartiles)",

@@ -67,7 +67,7 @@ def main(config: Config) -> dict[str, float]:
     saved = base_model.export(run.directory / "model", learnt)
     print(f"model: {saved or 'in the checkpoints alone; GPT-2 has no place for an adapter'}")
     title, floor = f"{config.num_cases} unseen SYNTHETIC cases", exam.perplexity_floor
-    report.show_samples(title, clinical_exam.samples(before, after, 2))
+    report.show_samples(title, clinical_exam.samples(before.answers, after.answers, 2))
     footer = f"Perplexity cannot be below {floor:.3f}. {report.RESEARCH_ONLY}"
     report.show_change(title, before.measures, after.measures, footer=footer)
     experiment.draw_curve(run, "perplexity", {"floor": floor}, title=title, footer=footer)

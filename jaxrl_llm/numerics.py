@@ -130,6 +130,8 @@ def token_log_probabilities(
       `hidden` and `embedding`.
     """
     size = len(hidden)
+    if size == 0:
+        return jnp.zeros(0), jnp.zeros(0)
     num_chunks = 1 if chunk_size is None else max(1, -(-size // chunk_size))
     # Chunks of nearly equal length, so that less than one row a chunk is padding.
     padding = -size % num_chunks

@@ -92,8 +92,13 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 
 def test_every_experiment_is_shorter_than_80_lines() -> None:
-    scripts = (ROOT / "experiments").glob("*.py")
-    lengths = {_relative(path): len(path.read_text().splitlines()) for path in scripts}
+    texts = {path: path.read_text() for path in (ROOT / "experiments").glob("*.py")}
+    # What several scripts share is no script.
+    lengths = {
+        _relative(path): len(text.splitlines())
+        for path, text in texts.items()
+        if "cli.main" in text
+    }
     assert {name: length for name, length in lengths.items() if length >= 80} == {}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrl_llm import checks
@@ -105,22 +105,49 @@ def sit(exam: Exam, base: BaseModel, key: Key, config: generate.Config) -> Resul
     prompts = [clinical_text.prompt(case) for case in exam.cases]
     responses = generate.respond(base.model, base.params, base.tokenizer, prompts, key, config)
     cases = [case for case in exam.cases for _ in range(config.num_samples)]
-    answers = [
-        Answer(case, response.text, clinical_text.score(case, response.text))
-        for case, response in zip(cases, responses, strict=True)
+    answers = mark(cases, [response.text for response in responses])
+    return Result(exam.perplexity(base.model, base.params), answers, means(answers))
+
+
+def mark(cases: Iterable[Case], texts: Iterable[str]) -> list[Answer]:
+    """The text about each case with its score."""
+    return [
+        Answer(case, text, clinical_text.score(case, text))
+        for case, text in zip(cases, texts, strict=True)
     ]
-    marks = {name: _mean(answers, field) for name, field in MARKS.items()}
-    return Result(exam.perplexity(base.model, base.params), answers, marks)
 
 
-def samples(before: Result, after: Result, count: int) -> list[dict[str, str]]:
+def means(answers: Sequence[Answer]) -> dict[str, Estimate]:
+    """The mean of every mark, by `MARKS`, with its interval."""
+    return {
+        name: mean_with_interval([float(getattr(answer.score, field)) for answer in answers])
+        for name, field in MARKS.items()
+    }
+
+
+def gold(cases: Iterable[Case], criterion: str = "total") -> Callable[[str, str], float]:
+    """The gold scorer as a reward `(prompt, response) -> score`, for the prompts of these cases.
+
+    Args:
+      cases: of all prompts that will be asked.
+      criterion: `total`, or one of `clinical_text.CRITERIA`.
+    """
+    asked = {clinical_text.prompt(case): case for case in cases}
+
+    def score(prompt: str, response: str) -> float:
+        return float(getattr(clinical_text.score(asked[prompt], response), criterion))
+
+    return score
+
+
+def samples(before: Sequence[Answer], after: Sequence[Answer], count: int) -> list[dict[str, str]]:
     """The first answers before and after training, each with its score and what it was for."""
 
     def judged(answer: Answer) -> str:
         reasons = "; ".join(answer.score.reasons) or "nothing to mark down"
         return f"{answer.text.strip()}\n[{answer.score.total:.2f}] {reasons}"
 
-    both = zip(before.answers, after.answers, strict=True)
+    both = zip(before, after, strict=True)
     return [
         {"prompt": clinical_text.prompt(old.case), "before": judged(old), "after": judged(new)}
         for old, new in itertools.islice(both, count)
@@ -135,7 +162,3 @@ def change(exam: Exam, before: Result, after: Result) -> dict[str, float]:
         for when, result in both.items()
         for name, measure in result.measures.items()
     }
-
-
-def _mean(answers: Sequence[Answer], field: str) -> Estimate:
-    return mean_with_interval([float(getattr(answer.score, field)) for answer in answers])

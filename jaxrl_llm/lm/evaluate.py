@@ -1,4 +1,4 @@
-"""How good a language model and its text are: perplexity, calibration, diversity, length.
+"""How good a language model and its text are: perplexity, calibration, divergence, diversity.
 
 What runs the model takes batches; what judges generated text takes, on the host, sequences of
 tokens or words. Means of scores with their intervals, exact match and pass@k are in `scores`.
@@ -18,9 +18,11 @@ from flax import struct
 
 from jaxrl_llm import checks
 from jaxrl_llm.data.tokens import next_token_targets
-from jaxrl_llm.lm.likelihood import token_likelihood
+from jaxrl_llm.lm import decoding
+from jaxrl_llm.lm.likelihood import exact_kl, response_likelihood, token_likelihood
+from jaxrl_llm.lm.scores import Estimate, mean_with_interval, ratio_with_interval
 from jaxrl_llm.nn import gpt2
-from jaxrl_llm.types import Array, Mean, PyTree, TokenBatch
+from jaxrl_llm.types import Array, Mean, PyTree, Responses, TokenBatch
 
 
 @partial(jax.jit, static_argnames=("model", "chunk_size"))
@@ -193,6 +195,103 @@ def calibration(
     return Calibration(
         confidence=by_bin(confidence), accuracy=by_bin(correct), brier=Mean.of(brier, mask)
     )
+
+
+class Divergence(NamedTuple):
+    """How far a policy is from its reference, and what its responses are like.
+
+    Both estimates of KL(pi || ref) = E log(pi(y) / ref(y)), in nats a response, are unbiased.
+
+    Attributes:
+      kl: the mean of sum_t KL(pi(· | x, y_<t) || ref(· | x, y_<t)), each exact over the vocabulary:
+        k1 with every token integrated out given those before it, so never below 0.
+      k1: the mean of sum_t log(pi(y_t | x, y_<t) / ref(y_t | x, y_<t)), of the tokens drawn.
+      entropy: of pi(· | x, y_<t), nats a token.
+      length: tokens a response, its end token included.
+      ended: the share of responses that ended by a stop token rather than by the limit.
+    """
+
+    kl: Estimate
+    k1: Estimate
+    entropy: Estimate
+    length: Estimate
+    ended: Estimate
+
+
+def divergence(
+    model: gpt2.GPT2,
+    params: PyTree,
+    reference: PyTree,
+    batches: Iterable[Responses],
+    *,
+    temperature: float = 1.0,
+    stop_tokens: tuple[int, ...] | None = None,
+    num_resamples: int = 5000,
+) -> Divergence:
+    """KL from the reference, entropy and length of sampled responses, with intervals of 95%.
+
+    It means what it says of responses that pi itself drew, at `temperature` and from the whole
+    vocabulary. Intervals resample prompts, since the responses to one are alike. Prompts that are
+    padding throughout do not count.
+
+    Args:
+      model: of both.
+      params: of pi.
+      reference: of ref, such as `adapters.trunk(params)`.
+      batches: of one shape, and all with as many responses to a prompt: each new shape is compiled.
+      temperature: of both.
+      stop_tokens: each ends a response; the model's `eos_token_id` by default.
+      num_resamples: of the prompts, for the intervals.
+
+    Raises:
+      ValueError: if there are fewer than two prompts, no tokens, or a number that is not finite.
+
+    Source: Ranganath et al. (2014), "Black box variational inference", section 3.1, for
+      integrating out (Rao-Blackwellisation).
+    """
+    stop_tokens = decoding.end_tokens(model, stop_tokens)
+    parts: list[dict[str, Any]] = []
+    for batch in batches:
+        part = _divergence(model, params, reference, batch, temperature, stop_tokens)
+        real = np.asarray(batch.attention_mask).any((1, 2))
+        parts.append({name: np.asarray(values)[real] for name, values in part.items()})
+    if not parts:
+        raise ValueError("batches is empty; give at least one")
+    total = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    mean = partial(mean_with_interval, num_resamples=num_resamples)
+    return Divergence(
+        kl=mean(total["kl"]),
+        k1=mean(total["k1"]),
+        entropy=ratio_with_interval(total["entropy"], total["length"], num_resamples=num_resamples),
+        length=mean(total["length"]),
+        ended=mean(total["ended"]),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "stop_tokens"))
+def _divergence(
+    model: gpt2.GPT2,
+    params: PyTree,
+    reference: PyTree,
+    responses: Responses,
+    temperature: Array | float,
+    stop_tokens: tuple[int, ...],
+) -> dict[str, Array]:
+    """Sums over each response, `[G, K]`."""
+    pi, ref = (
+        response_likelihood(model, each, responses, temperature=temperature)
+        for each in (params, reference)
+    )
+    written = responses.tokens[..., responses.prompt_length :]
+    stops = decoding.among(stop_tokens, written) & responses.response_mask
+    exact = exact_kl(model, params, reference, responses, temperature=temperature)
+    return {
+        "kl": jnp.sum(exact, axis=-1),
+        "k1": jnp.sum(pi.log_probability - ref.log_probability, axis=-1),
+        "entropy": jnp.sum(pi.entropy, axis=-1),
+        "length": jnp.sum(responses.response_mask, axis=-1),
+        "ended": jnp.any(stops, axis=-1),
+    }
 
 
 def responses(batch: TokenBatch) -> list[list[int]]:

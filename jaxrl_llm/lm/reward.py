@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
 from jaxrl_llm import checks
@@ -30,15 +30,16 @@ from jaxrl_llm.kernels import preferences
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.lm.accumulation import gradient_of_sum
 from jaxrl_llm.lm.evaluate import Calibration
-from jaxrl_llm.lm.order import next_rows
+from jaxrl_llm.lm.order import State, next_batch
 from jaxrl_llm.lm.scores import Estimate, wilson_interval
 from jaxrl_llm.nn.reward_model import RewardModel, Scores
-from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses, TrainState
+from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
 
 ADAMW = optimizer.Config(learning_rate=3e-4)
 
-# Of these few numbers each is learnt from many pairs: see `Config.choice_rate`.
-_CHOICE_LEAVES = {"annotator_logit", "tie_logit"}
+# Of these few numbers each is learnt from many pairs: see `Config.choice_rate` and `head_rate`.
+_CHOICE_LEAVES = ("annotator_logit", "tie_logit")
+_HEADS = ("overall", "by_criterion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Config:
     """Learn how close a call is a tie (Rao & Kupper); False counts a tie as half a win of each."""
     choice_rate: float = 30.0
     """Learning rate of reliabilities and ties, in multiples of the model's: they have far to go."""
+    head_rate: float = 10.0
+    """Of the heads, likewise: responses differ little in what a trunk says of them."""
     optimizer: optimizer.Config = ADAMW
 
     def validate(self) -> None:
@@ -78,22 +81,16 @@ class Config:
         if not 0.5 < self.first_reliability < 1:
             remedy = "it must be between 0.5 and 1"
             raise ValueError(f"first_reliability is {self.first_reliability}; {remedy}")
-        for name in ("centring_coefficient", "rating_coefficient", "num_annotators", "choice_rate"):
+        for name in ("centring_coefficient", "rating_coefficient", "num_annotators"):
             checks.at_least(name, getattr(self, name), 0)
+        for name in ("choice_rate", "head_rate"):
+            checks.positive(name, getattr(self, name))
         if self.learn_ties and (self.num_annotators or self.label_smoothing):
             remedy = "set num_annotators and label_smoothing to 0"
             raise ValueError(f"learn_ties is True, which is a law of the choice itself; {remedy}")
         if self.optimizer.trainable != "all":
             remedy = "a reward model has no adapters: train all"
             raise ValueError(f"optimizer.trainable is {self.optimizer.trainable}; {remedy}")
-
-
-@struct.dataclass(kw_only=True)
-class State:
-    """A learner: what it has learnt, and the root of the order in which it sees its pairs."""
-
-    train: TrainState
-    order_key: Key
 
 
 def make(config: Config, model: RewardModel) -> Algorithm:
@@ -105,7 +102,7 @@ def make(config: Config, model: RewardModel) -> Algorithm:
         return start(config, params, order_key)
 
     def step(key: Key, state: State, pairs: Responses) -> tuple[State, dict[str, Mean]]:
-        return update(config, model, key, state, next_batch(config, state, pairs))
+        return update(config, model, key, state, next_batch(state, config.batch_size, pairs))
 
     return Algorithm(init=init, step=step)
 
@@ -149,13 +146,6 @@ def start(config: Config, params: PyTree, key: Key) -> State:
     return State(train=train, order_key=key)
 
 
-def next_batch(config: Config, state: State, pairs: Responses) -> Responses:
-    """The pairs of the step that `state` is at."""
-    num_pairs = pairs.tokens.shape[0]
-    rows = next_rows(state.order_key, state.train.step, config.batch_size, num_pairs)
-    return jax.tree.map(lambda leaf: leaf[rows], pairs)
-
-
 def update(
     config: Config, model: RewardModel, key: Key, state: State, batch: Responses
 ) -> tuple[State, dict[str, Mean]]:
@@ -164,10 +154,17 @@ def update(
     gradient, metrics = gradient_of_loss(config, model, key, before, batch)
     train, norm = optimizer.descend(config.optimizer, config.num_steps, state.train, gradient)
     params = dict(train.params)
-    for name in _CHOICE_LEAVES & params.keys():
-        params[name] = before[name] + config.choice_rate * (params[name] - before[name])
+    rates = dict.fromkeys(_CHOICE_LEAVES, config.choice_rate)
+    rates |= dict.fromkeys(_HEADS, config.head_rate)
+    for name in rates.keys() & params.keys():
+        further = partial(_further, rates[name])
+        params[name] = jax.tree.map(further, before[name], params[name])
     state = replace(state, train=replace(train, params=params))
     return state, {**metrics, "gradient_norm": norm}
+
+
+def _further(factor: float, before: Array, after: Array) -> Array:
+    return before + factor * (after - before)
 
 
 def gradient_of_loss(

@@ -1,6 +1,7 @@
-"""Scores of one number a text: their means with intervals, and answers that can be verified.
+"""Scores of one number a text: means and comparisons with intervals, answers to be verified.
 
-NumPy on the host.
+NumPy on the host. What has several samples a prompt is `[prompts, samples]`: samples of one prompt
+are alike, so it is the prompts that count as independent, and whose number makes intervals narrow.
 """
 
 from __future__ import annotations
@@ -39,13 +40,179 @@ def mean_with_interval(
 ) -> Estimate:
     """The mean of one score a text, such as the gold score, with `bootstrap_interval` around it.
 
-    Of the differences of two models' scores on the same prompts, it is the interval of the gain.
-    Arguments and errors: `bootstrap_interval`.
+    Args:
+      values: `[n]`, or `[prompts, samples]`, of which each prompt's mean is one value.
+      confidence: as in `bootstrap_interval`, like the rest.
+      num_resamples: of the data.
+      seed: the same seed, the same interval.
+
+    Raises:
+      ValueError: as `bootstrap_interval` does.
     """
+    by_prompt = _samples_by_prompt("values", values).mean(-1)
     low, high = bootstrap_interval(
-        values, confidence=confidence, num_resamples=num_resamples, seed=seed
+        by_prompt, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
-    return Estimate(float(np.asarray(values).mean()), low, high)
+    return Estimate(float(by_prompt.mean()), low, high)
+
+
+def mean_difference(
+    after: ArrayLike,
+    before: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 5000,
+    seed: int = 0,
+) -> Estimate:
+    """How much the mean score gained, with `bootstrap_interval` around it, paired by prompt.
+
+    What makes a prompt easy for both leaves the differences, and with it the interval's width.
+
+    Args:
+      after: `[prompts]` or `[prompts, samples]`.
+      before: of the same prompts in the same order; the samples may be more or fewer.
+      confidence: as in `bootstrap_interval`, like the rest.
+      num_resamples: of the data.
+      seed: the same seed, the same interval.
+
+    Raises:
+      ValueError: if the prompts differ in number, and as `bootstrap_interval` does.
+    """
+    first, second = _paired("after", after, "before", before)
+    return mean_with_interval(
+        first.mean(-1) - second.mean(-1),
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+def ratio_with_interval(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 5000,
+    seed: int = 0,
+) -> Estimate:
+    """sum(numerator) / sum(denominator) = R, such as nats a token, with an interval.
+
+    The interval is that of the mean of R + (numerator - R denominator) / mean(denominator), to
+    which a ratio is equal to first order (the delta method).
+
+    Args:
+      numerator: `[n]`, or `[prompts, samples]`, each prompt as a whole.
+      denominator: of the same shape, with a sum greater than 0.
+      confidence: as in `bootstrap_interval`, like the rest.
+      num_resamples: of the data.
+      seed: the same seed, the same interval.
+
+    Raises:
+      ValueError: if the shapes differ or the sum is 0, and as `bootstrap_interval` does.
+    """
+    above = _samples_by_prompt("numerator", numerator)
+    below = _samples_by_prompt("denominator", denominator)
+    if above.shape != below.shape:
+        shapes = f"numerator has shape {above.shape} and denominator {below.shape}"
+        raise ValueError(f"{shapes}; they must be equal")
+    checks.positive("sum(denominator)", float(below.sum()))
+    ratio = above.sum() / below.sum()
+    return mean_with_interval(
+        ratio + (above - ratio * below) / below.mean(),
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+class WinRate(NamedTuple):
+    """How often one model's responses score higher than another's to the same prompts.
+
+    Attributes:
+      mean: the win rate, in which a tie is half a win; with its confidence interval, as an
+        `Estimate` has it.
+      low: end of the interval.
+      high: end of the interval.
+      wins: share of comparisons; with `ties` and `losses` it sums to 1.
+      ties: likewise.
+      losses: likewise.
+    """
+
+    mean: float
+    low: float
+    high: float
+    wins: float
+    ties: float
+    losses: float
+
+
+def win_rate(
+    scores: ArrayLike,
+    opponent_scores: ArrayLike,
+    *,
+    tie_tolerance: float = 1e-9,
+    confidence: float = 0.95,
+) -> WinRate:
+    """P(score > opponent's score) + P(tie) / 2 at the same prompt, with an interval.
+
+    Every sample of a prompt meets every sample of the opponent's: no pairing of independent draws
+    says more. A prompt's win rate w is one observation in [0, 1], and its variance a share D of the
+    p (1 - p) that an untied single comparison has. The interval is Wilson's of n / D comparisons.
+    D is taken from the prompts and one win and one loss more, so that it is never 0.
+
+    With one sample a prompt and no ties it is `wilson_interval` itself. A bootstrap has no width at
+    n of n: of 20 prompts that are won in 97% of cases, its interval of 95% covers the rate in 43%
+    of simulations, and this one in 98%.
+
+    Args:
+      scores: `[prompts]` or `[prompts, samples]`.
+      opponent_scores: of the same prompts in the same order; the samples may be more or fewer.
+      tie_tolerance: scores no further apart than this are tied.
+      confidence: in (0, 1).
+
+    Raises:
+      ValueError: if the prompts differ in number, or naming the first score that is not finite.
+
+    Source: Wilson (1927); D is the design effect of Kish (1965), "Survey sampling".
+
+    >>> win_rate([0.9, 0.5, 0.7, 0.8], [0.4, 0.5, 0.8, 0.6]).mean
+    0.625
+    """
+    checks.at_least("tie_tolerance", tie_tolerance, 0)
+    first, second = _paired("scores", scores, "opponent_scores", opponent_scores)
+    gap = first[:, :, None] - second[:, None, :]
+    wins, losses = gap > tie_tolerance, gap < -tie_tolerance
+    by_prompt = (1 + wins.mean((1, 2)) - losses.mean((1, 2))) / 2
+    smoothed = np.append(by_prompt, [1, 0])
+    shrunk = smoothed.mean()
+    design_effect = smoothed.var() / (shrunk * (1 - shrunk))
+    rate, num_comparisons = float(by_prompt.mean()), len(by_prompt) / design_effect
+    low, high = wilson_interval(rate * num_comparisons, num_comparisons, confidence=confidence)
+    won, lost = float(wins.mean()), float(losses.mean())
+    return WinRate(rate, float(low), float(high), won, 1 - won - lost, lost)
+
+
+def _paired(
+    name: str, values: ArrayLike, other_name: str, others: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both as `[prompts, samples]`, of as many prompts, all finite."""
+    first, second = _samples_by_prompt(name, values), _samples_by_prompt(other_name, others)
+    if len(first) != len(second):
+        counts = f"{name} has {len(first)} prompts and {other_name} {len(second)}"
+        raise ValueError(f"{counts}; give both the same")
+    return first, second
+
+
+def _samples_by_prompt(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """`[prompts, samples]`, finite; one sample where `values` is `[n]`."""
+    array = np.asarray(values, np.float64)
+    if array.ndim not in (1, 2) or not array.size:
+        raise ValueError(f"{name} has shape {array.shape}; it must be [n] or [prompts, samples]")
+    if not np.isfinite(array).all():
+        place = np.unravel_index(np.isfinite(array).argmin(), array.shape)
+        where = ", ".join(map(str, place))
+        raise ValueError(f"{name}[{where}] is {array[place]}; it must be finite")
+    return array.reshape(len(array), -1)
 
 
 def bootstrap_interval(

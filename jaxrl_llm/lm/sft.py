@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxrl_llm import checks
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.lm.accumulation import gradient_of_sum
 from jaxrl_llm.lm.likelihood import token_likelihood
-from jaxrl_llm.lm.order import next_rows
+from jaxrl_llm.lm.order import State, next_batch
 from jaxrl_llm.nn.gpt2 import GPT2
-from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, TokenBatch, TrainState
+from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +54,6 @@ class Config:
             raise ValueError(f"optimizer.trainable is heads; {remedy}")
 
 
-@struct.dataclass(kw_only=True)
-class State:
-    """A learner: what it has learnt, and the root of the order in which it sees its rows."""
-
-    train: TrainState
-    order_key: Key
-
-
 def make(config: Config, model: GPT2) -> Algorithm:
     """Fine-tuning of `model`; `init` draws its parameters, `step` takes the corpus as well."""
 
@@ -72,7 +63,7 @@ def make(config: Config, model: GPT2) -> Algorithm:
         return start(config, params, start_key)
 
     def step(key: Key, state: State, corpus: TokenBatch) -> tuple[State, dict[str, Mean]]:
-        batch = next_batch(config, state, corpus)
+        batch = next_batch(state, config.batch_size, corpus)
         return update(config, model, key, state, batch)
 
     return Algorithm(init=init, step=step)
@@ -81,13 +72,6 @@ def make(config: Config, model: GPT2) -> Algorithm:
 def start(config: Config, params: PyTree, key: Key) -> State:
     """A learner that has `params`, before its first step."""
     return State(train=optimizer.start(config.optimizer, config.num_steps, params), order_key=key)
-
-
-def next_batch(config: Config, state: State, corpus: TokenBatch) -> TokenBatch:
-    """The rows of the step that `state` is at, `[batch_size, L]`."""
-    num_rows = corpus.tokens.shape[0]
-    rows = next_rows(state.order_key, state.train.step, config.batch_size, num_rows)
-    return jax.tree.map(lambda leaf: leaf[rows], corpus)
 
 
 def update(

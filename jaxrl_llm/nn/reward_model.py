@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import Transformer
 from jaxrl_llm.nn.gpt2_config import GPT2Config
+from jaxrl_llm.numerics import token_log_probabilities
 from jaxrl_llm.types import Array, Key, PyTree
 
 CRITERIA = ("accuracy", "safety", "clarity")
@@ -49,6 +50,9 @@ class RewardModel(nn.Module):
       criteria: names of the criteria, `C`; none for the overall score alone.
       pooling: what the heads read: the hidden state of the `last` real token, or the `mean` of
         those of the response.
+      surprisal: whether the heads also read how unlikely the trunk finds the response: the sum,
+        the mean and the greatest of -log p(token). A fine-tuned language model knows what belongs
+        into a response; a head that had to learn so from comparisons would need many more.
     """
 
     config: GPT2Config
@@ -56,6 +60,7 @@ class RewardModel(nn.Module):
     remat: bool = False
     criteria: tuple[str, ...] = CRITERIA
     pooling: Literal["last", "mean"] = "last"
+    surprisal: bool = False
 
     def setup(self) -> None:
         self.transformer = Transformer(self.config, self.dtype, self.remat, None)
@@ -82,8 +87,8 @@ class RewardModel(nn.Module):
           attention_mask: `[B, L]`, True (or 1) on real tokens; None where all are. Padding on
             either side changes nothing.
           response_mask: `[B, N]`, the tokens of the response, which are the last `N`; None counts
-            the whole text as the response. Only the pooling `mean` reads it. The mean of no token
-            is 0, which scores as the heads' biases.
+            the whole text as the response. Only the pooling `mean` and surprisal read it. The mean
+            of no token is 0, which scores as the heads' biases.
           deterministic: False drops out, drawing from the random stream `dropout`.
         """
         raw = self.raw(tokens, attention_mask, response_mask, deterministic=deterministic)
@@ -100,15 +105,28 @@ class RewardModel(nn.Module):
         """Scores without gain and bias, which are what a loss trains; arguments as above."""
         real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask > 0
         hidden, _ = self.transformer(tokens, attention_mask, None, None, deterministic)
-        hidden = hidden.astype(jnp.float32)
-        if self.pooling == "last":
-            pooled = _at_last_token(hidden, real)
-        else:
-            pooled = _mean_of_response(hidden, real, response_mask)
+        counted = real if response_mask is None else response_mask > 0
+        unread = ((0, 0), (real.shape[1] - counted.shape[1], 0))
+        counted = jnp.pad(counted, unread) & real
+        pooled = _at_last_token(hidden, real) if self.pooling == "last" else _mean(hidden, counted)
+        if self.surprisal:
+            read = counted[:, 1:] & real[:, :-1]
+            pooled = jnp.concatenate([pooled, self._surprisal(hidden, tokens, read)], axis=-1)
         overall = self.overall(pooled)[:, 0]
         if not self.criteria:
             return Scores(overall, jnp.zeros((*overall.shape, 0), overall.dtype))
         return Scores(overall, jax.nn.sigmoid(self.by_criterion(pooled)))
+
+    def _surprisal(self, hidden: Array, tokens: Array, read: Array) -> Array:
+        """Sum, mean and maximum, `[B, 3]`, over the tokens after the first where `read` is True."""
+        embedding = jnp.asarray(self.transformer.wte.weight).astype(hidden.dtype)
+        before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        log_probability, _ = token_log_probabilities(before, embedding, tokens[:, 1:].reshape(-1))
+        surprisal = jnp.where(read, -log_probability.reshape(read.shape), 0)
+        total = jnp.sum(surprisal, axis=1)
+        mean = total / jnp.maximum(jnp.sum(read, axis=1), 1)
+        # A whole response has tens of nats, and heads start with weights for numbers of about 1.
+        return jnp.stack([0.1 * total, mean, jnp.max(surprisal, axis=1, initial=0)], axis=-1)
 
 
 def from_language_model(model: RewardModel, params: PyTree, key: Key) -> PyTree:
@@ -135,9 +153,7 @@ def _at_last_token(hidden: Array, real: Array) -> Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def _mean_of_response(hidden: Array, real: Array, response_mask: Array | None) -> Array:
-    """The mean `[B, E]` of `[B, L, E]` over the response's tokens, the last of the `L`."""
-    counted = real if response_mask is None else response_mask > 0
-    hidden = hidden[:, hidden.shape[1] - counted.shape[1] :]
+def _mean(hidden: Array, counted: Array) -> Array:
+    """The mean `[B, E]` of `[B, L, E]` over the True of `counted` `[B, L]`."""
     total = jnp.sum(jnp.where(counted[:, :, None], hidden, 0), axis=1)
     return total / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]

@@ -178,6 +178,18 @@ def show_learning(
     plotting.save_figure(figure, path)
 
 
+def show_methods(
+    title: str, measures: Mapping[str, Mapping[str, tuple[float, float, float]]], footer: str
+) -> None:
+    """What each method reached, one line a method: `(value, low, high)` by measure."""
+    names = list(next(iter(measures.values())))
+    rows = [
+        (method, *(_with_interval(*found[name]) for name in names))
+        for method, found in measures.items()
+    ]
+    print_table(title, ("method", *map(_words, names)), rows, footer=footer)
+
+
 def show_change(
     title: str,
     before: Mapping[str, tuple[float, float, float]],
@@ -189,11 +201,10 @@ def show_change(
 
     A measure that is known without error has itself for both ends.
     """
-
-    def shown(value: float, low: float, high: float) -> str:
-        return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-    rows = [(_words(name), shown(*before[name]), shown(*after[name])) for name in before]
+    rows = [
+        (_words(name), _with_interval(*before[name]), _with_interval(*after[name]))
+        for name in before
+    ]
     print_table(title, ("measure", "before", "after"), rows, footer=footer)
 
 
@@ -210,6 +221,10 @@ def show_samples(title: str, samples: Iterable[Mapping[str, str]]) -> None:
         for label, text in sample.items():
             console.print(Text(label, style="bold"))
             console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}" if low == high else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _words(name: str) -> str:

@@ -151,7 +151,7 @@ def result_of(exam: Exam, perplexity: float, total: float, *reasons: str) -> Res
 def test_samples_and_change_set_before_beside_after(exam):
     before, after = result_of(exam, 9.0, 0.25, "no drug", "vague"), result_of(exam, 1.5, 0.75)
     total = before.answers[0].score.total
-    samples = clinical_exam.samples(before, after, 2)
+    samples = clinical_exam.samples(before.answers, after.answers, 2)
     assert samples == [
         {
             "prompt": clinical_text.prompt(exam.cases[0]),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.lm import optimizer, reward
+from jaxrl_llm.lm.order import next_batch
 from jaxrl_llm.types import Responses
 from tests.lm.preference_pairs import MODEL, PAIRS, PROMPT, RESPONSE, random_pairs
 from tests.lm.tiny import SHAPE, VOCABULARY
@@ -227,7 +228,7 @@ def test_next_batch_takes_every_pair_once_an_epoch_and_all_that_is_known_of_it(p
     seen = []
     for step in range(2):
         state = replace(state, train=replace(state.train, step=jnp.int32(step)))
-        batch = reward.next_batch(config, state, PAIRS)
+        batch = next_batch(state, config.batch_size, PAIRS)
         rows = [np.flatnonzero(PAIRS.margin == each)[0] for each in np.asarray(batch.margin)]
         expected = jax.tree.map(lambda leaf, rows=rows: leaf[rows], PAIRS)
         jax.tree.map(np.testing.assert_array_equal, batch, expected)

@@ -13,6 +13,7 @@ import pytest
 
 from jaxrl_llm.data.tokens import Tokens, pack, pad
 from jaxrl_llm.lm import optimizer, sft
+from jaxrl_llm.lm.order import next_batch
 from jaxrl_llm.nn.adapters import LoRA
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import TokenBatch
@@ -191,7 +192,7 @@ def rows_by_step(num_rows: int, batch_size: int, num_steps: int, seed: int = 0) 
     @jax.jit
     def at(step: Any) -> Any:
         now = replace(state, train=replace(state.train, step=step))
-        return sft.next_batch(config, now, numbered(num_rows)).tokens
+        return next_batch(now, config.batch_size, numbered(num_rows)).tokens
 
     rows = np.stack([at(jnp.int32(step)) for step in range(num_steps)])
     assert (rows == rows[..., :1]).all()

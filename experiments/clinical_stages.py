@@ -1,0 +1,379 @@
+"""What the experiments of alignment share: a policy that imitates, a judge, a task, an exam.
+
+Everything is about SYNTHETIC cases, whose gold score is known. Research only, not for clinical use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments import clinical_questions
+from experiments.clinical_questions import Examined
+from jaxrl_llm import checks
+from jaxrl_llm.data import clinical_preferences, clinical_text, preference_tokens, tokens
+from jaxrl_llm.data.clinical_preferences import Annotator
+from jaxrl_llm.data.clinical_text import Case
+from jaxrl_llm.kernels.alignment import best_of_n_kl_bound
+from jaxrl_llm.lm import (
+    base_model,
+    best_of_n,
+    clinical_exam,
+    dpo,
+    evaluate,
+    hf_checkpoint,
+    optimizer,
+    policy_step,
+    ppo,
+    reward,
+    reward_ensemble,
+    rewards,
+    rollouts,
+    sft,
+    tokenizer,
+)
+from jaxrl_llm.lm.base_model import BaseModel
+from jaxrl_llm.lm.objective import Mix
+from jaxrl_llm.lm.rewards import Reward
+from jaxrl_llm.lm.scores import Estimate
+from jaxrl_llm.nn.gpt2 import GPT2
+from jaxrl_llm.nn.reward_model import RewardModel
+from jaxrl_llm.training import experiment
+from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
+
+IMITATION = sft.Config(
+    num_steps=600, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
+)
+JUDGEMENT = reward.Config(
+    num_steps=250, batch_size=16, head_rate=20, optimizer=optimizer.Config(learning_rate=5e-4)
+)
+ROLLOUT = rollouts.Config(num_prompts=32, max_new_tokens=96)
+POLICY_STEPS = policy_step.Config(
+    num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=3e-4)
+)
+ANNOTATOR = Annotator()
+VALUE_WIDTH = 256
+_NUM_NORMALISING = 100
+LONGEST_RESPONSE = 104  # tokens; of the demonstrations, 5 % are longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig(experiment.TrainConfig):
+    """What every experiment of alignment takes."""
+
+    num_evaluations: int = 20
+    num_checkpoints: int = 2
+    model: Path | None = None
+    """Directory of a fine-tuned GPT-2 to align; by default a small one is trained from nothing."""
+    base: base_model.Config = base_model.SMALL
+    num_demonstrations: int = 12_000
+    """SYNTHETIC responses to imitate."""
+    share_flawed: float = 0.6
+    """Of the demonstrations that have one flaw: what alignment is to find out, and to avoid."""
+    sft: sft.Config = IMITATION
+    num_pairs: int = 4000
+    """Comparisons by the annotator to learn the reward from."""
+    num_held_out: int = 1000
+    """Further comparisons, to test the reward model on."""
+    annotator: Annotator = ANNOTATOR
+    reward: reward.Config = JUDGEMENT
+    pooling: Literal["last", "mean"] = "mean"
+    """What the reward model reads of a response: its last token, or the mean of all."""
+    surprisal: bool = True
+    """Whether it also reads how unlikely its trunk, a language model, finds the response."""
+    num_prompts: int = 8000
+    """SYNTHETIC cases that the policy is asked about while it learns."""
+    num_cases: int = 300
+    """Unseen SYNTHETIC cases of the examination."""
+
+    def validate(self) -> None:
+        super().validate()
+        checks.between("share_flawed", self.share_flawed, 0, 1)
+        for name in ("num_demonstrations", "num_pairs", "num_held_out", "num_prompts"):
+            checks.at_least(name, getattr(self, name), 1)
+        checks.at_least("num_cases", self.num_cases, 2)
+
+
+class Judge(NamedTuple):
+    """A reward model, or several, and how well it predicts comparisons that it has not seen.
+
+    Attributes:
+      model: of each.
+      params: normalised to mean 0 and deviation 1 on what the imitating policy says; stacked on a
+        leading axis where there are several.
+      accuracy: on held-out comparisons; of several, the mean of theirs.
+      ceiling: the accuracy that nothing betters, so noisy is the annotator.
+      calibration: on held-out comparisons, of the first.
+    """
+
+    model: RewardModel
+    params: PyTree
+    accuracy: Estimate
+    ceiling: float
+    calibration: evaluate.Calibration
+
+    def reward(self, how: reward_ensemble.Aggregation = "worst") -> Reward:
+        """What a policy is to maximise; `how` is for an ensemble."""
+        if jnp.ndim(self.params["gain"]) == 0:
+            return rewards.of_model(self.model)
+        return rewards.of_ensemble(self.model, how)
+
+
+def imitate(run: experiment.Run[StagesConfig]) -> BaseModel:
+    """The policy to align: a user's, or one fine-tuned on demonstrations of mixed quality."""
+    config = run.config
+    if config.model is not None:
+        model, params = hf_checkpoint.load(config.model)
+        return BaseModel(model, params, tokenizer.load(config.model))
+    stage = run.start_stage("sft")
+    init_key, order_key = experiment.keys(stage, 2)
+    shown = clinical_preferences.demonstrations(
+        config.seed, 0, config.num_demonstrations, share_flawed=config.share_flawed
+    )
+    examples = clinical_exam.pairs(shown)
+    base = base_model.make(config.base, None, examples, init_key)
+    length = min(config.sft.row_length, base.model.config.n_positions)
+    state = experiment.train(
+        stage,
+        sft.make(config.sft, base.model),
+        num_steps=config.sft.num_steps,
+        items_per_step=config.sft.batch_size * length,
+        evaluate=lambda state: {},
+        state=sft.start(config.sft, base.params, order_key),
+        data=tokens.corpus(examples, base.tokenizer, length=length),
+        sequential=True,
+        unit="tokens",
+    )
+    return base._replace(params=state.train.params)
+
+
+def judge(
+    run: experiment.Run[StagesConfig],
+    policy: BaseModel,
+    *,
+    num_members: int = 1,
+    name: str = "reward",
+) -> Judge:
+    """Learns to predict the annotator's comparisons.
+
+    Args:
+      run: of the experiment.
+      policy: whose trunk a reward model starts from, and on whose responses it is normalised.
+      num_members: of an ensemble; 1 is a reward model alone.
+      name: of the stage.
+    """
+    config, stage = run.config, run.start_stage(name)
+    start_key, said_key = experiment.keys(stage, 2)
+    compare = partial(clinical_preferences.pairs, config.seed, 0, annotators=(config.annotator,))
+    held_out = list(compare(config.num_held_out, "held_out"))
+    model = RewardModel(
+        policy.model.config,
+        dtype=policy.model.dtype,
+        pooling=config.pooling,
+        surprisal=config.surprisal,
+    )
+    with warnings.catch_warnings(action="ignore"):  # that the longest responses are cut
+        seen, unseen = (
+            preference_tokens.encode(
+                [pair.preference for pair in pairs],
+                policy.tokenizer,
+                response_length=LONGEST_RESPONSE,
+                criteria=model.criteria,
+            )
+            for pairs in (compare(config.num_pairs, "train"), held_out)
+        )
+    state = experiment.train(
+        stage,
+        reward_ensemble.make(config.reward, model, num_members),
+        num_steps=config.reward.num_steps,
+        items_per_step=config.reward.batch_size,
+        evaluate=lambda state: {},
+        state=reward_ensemble.start(config.reward, model, policy.params, start_key, num_members),
+        data=seen,
+        sequential=True,
+        unit="pairs",
+    )
+    stacked = state.train.params
+    members = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_members)]
+    found = [reward.accuracy(model, member, unseen) for member in members]
+    asked = cases(config, _NUM_NORMALISING, "train")
+    (said,) = clinical_questions.respond(ROLLOUT, policy, asked, said_key)
+    scores = np.stack([reward.score_all(model, member, said).overall for member in members])
+    normal = reward.normalise(stacked, scores)
+    return Judge(
+        model=model,
+        params=normal if num_members > 1 else jax.tree.map(lambda leaf: leaf[0], normal),
+        accuracy=Estimate(*(sum(parts) / num_members for parts in zip(*found, strict=True))),
+        ceiling=clinical_preferences.ceiling(held_out),
+        calibration=reward.calibration(model, members[0], unseen),
+    )
+
+
+def cases(config: StagesConfig, count: int, split: clinical_text.Split) -> list[Case]:
+    """The first cases of the run's stream."""
+    return [clinical_text.case(config.seed, index, split) for index in range(count)]
+
+
+def beside_gold(proxy: Reward, policy: BaseModel, asked: list[Case]) -> Reward:
+    """The reward that a policy maximises, with the gold score of the same responses beside it.
+
+    Its criteria are those of `proxy`, mixed as there, then `gold`, which counts for nothing.
+    """
+    gold = rewards.of_text(policy.tokenizer, clinical_exam.gold(asked), ("gold",))
+
+    def combine(state: PyTree, scores: Array) -> tuple[Array, PyTree, dict[str, Mean]]:
+        return proxy.mix.combine(state, scores[..., :-1])
+
+    return rewards.joined(proxy, gold, mix=Mix(init=proxy.mix.init, combine=combine))
+
+
+class OnPolicy(Protocol):
+    """A file of `jaxrl_llm.lm` that learns from what its own policy says, such as `ppo`."""
+
+    make: Callable[[Any, GPT2, Reward], Algorithm]
+    start: Callable[[Any, PyTree, Key, Reward], PyTree]
+
+
+def align(
+    run: experiment.Run[StagesConfig],
+    name: str,
+    method: OnPolicy,
+    settings: Any,
+    imitator: BaseModel,
+    proxy: Reward,
+    params: PyTree,
+) -> BaseModel:
+    """A policy that starts as `imitator` and learns from what it says of the run's own cases.
+
+    Its log has the gold score of the same responses, which it does not learn from.
+
+    Args:
+      run: of the experiment.
+      name: of the stage.
+      method: the algorithm.
+      settings: its configuration.
+      imitator: where the policy starts, and the reference that it stays near.
+      proxy: the reward.
+      params: of the reward.
+    """
+    config, stage = run.config, run.start_stage(name)
+    head_key, order_key = experiment.keys(stage, 2)
+    trainable = settings.update.optimizer.trainable
+    value_width = VALUE_WIDTH if method is ppo else None
+    learner = base_model.extend(
+        config.base, imitator, head_key, trainable=trainable, value_width=value_width
+    )
+    asked = cases(config, config.num_prompts, "train")
+    reward = beside_gold(proxy, imitator, asked)
+    task = rollouts.make_task(
+        settings.rollout,
+        learner.model,
+        clinical_questions.as_prompts(imitator, asked),
+        # Adapters leave the trunk alone, which is the reference then.
+        reference=imitator.params if trainable == "all" else None,
+        reward=(params, None),
+    )
+    # A run donates its first state, and these arrays are those of the reference too.
+    copied = jax.tree.map(jnp.copy, learner.params)
+    state = experiment.train(
+        stage,
+        method.make(settings, learner.model, reward),
+        num_steps=settings.num_iterations,
+        items_per_step=settings.rollout.num_responses,
+        evaluate=lambda state: {},
+        state=method.start(settings, copied, order_key, reward),
+        data=task,
+        sequential=True,
+        unit="responses",
+    )
+    return learner._replace(params=state.train.params)
+
+
+def align_by_pairs(
+    run: experiment.Run[StagesConfig],
+    name: str,
+    settings: dpo.Config,
+    imitator: BaseModel,
+    pairs: Responses,
+) -> BaseModel:
+    """A policy that starts as `imitator` and learns from pairs of responses; else as `align`."""
+    stage = run.start_stage(name)
+    (order_key,) = experiment.keys(stage, 1)
+    pairs = dpo.with_reference(settings, imitator.model, imitator.params, pairs)
+    copied = jax.tree.map(jnp.copy, imitator.params)
+    state = experiment.train(
+        stage,
+        dpo.make(settings, imitator.model),
+        num_steps=settings.num_steps,
+        items_per_step=settings.batch_size,
+        evaluate=lambda state: {},
+        state=dpo.start(settings, copied, order_key),
+        data=pairs,
+        sequential=True,
+        unit="pairs",
+    )
+    return imitator._replace(params=state.train.params)
+
+
+def compared(
+    config: rollouts.Config, policy: BaseModel, judge: Judge, asked: Sequence[Case], key: Key
+) -> Responses:
+    """Two responses of a policy to each case, and how probably the judge thinks each the better."""
+    batches = clinical_questions.respond(replace(config, num_samples=2), policy, asked, key)
+    pairs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(asked)], *batches)
+    scores = reward.score_all(judge.model, judge.params, pairs).overall
+    preferred = jax.nn.sigmoid((scores[:, 0] - scores[:, 1]) / judge.params["gain"])
+    return replace(pairs, score=jnp.stack([preferred, 1 - preferred], axis=1))
+
+
+def on_the_way(run: experiment.Run[Any], name: str, *metrics: str) -> list[NDArray[np.float64]]:
+    """What the stage `name` logged of each metric, `[T]`."""
+    stage = run.start_stage(name)
+    return [experiment.curve(stage, metric)[1] for metric in metrics]
+
+
+def gains(
+    run: experiment.Run[Any], name: str, before: Examined
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The square root of the KL, and the gains of proxy and gold score in deviations, `[T]` each.
+
+    Args:
+      run: of the experiment.
+      name: of the policy's stage.
+      before: the imitating policy, whose deviation is the unit of the gold score.
+    """
+    kl, proxy, gold = on_the_way(run, name, "kl", "score", "score_gold")
+    gold = (gold - np.mean(before.gold)) / np.std(before.gold)
+    return np.sqrt(np.maximum(kl, 0)), proxy, gold
+
+
+def best_of(
+    counts: Sequence[int], policy: BaseModel, judge: Judge, unseen: Sequence[Case], key: Key
+) -> dict[int, tuple[float, float]]:
+    """For each n the bound of its KL, and the gold score of the one of n that the judge likes best.
+
+    All n share the same draws, `max(counts)` a case, over all subsets of which the mean is exact.
+    """
+    config = replace(ROLLOUT, num_samples=max(counts))
+    batches = clinical_questions.respond(config, policy, unseen, key)
+    said = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(unseen)], *batches)
+    scores = reward.score_all(judge.model, judge.params, said).overall
+    texts = clinical_questions.texts_of(policy, said)
+    answers = clinical_exam.mark(np.repeat(np.array(unseen, object), max(counts)).tolist(), texts)
+    gold = np.reshape([answer.score.total for answer in answers], scores.shape)
+    return {
+        n: (
+            float(best_of_n_kl_bound(n)),
+            float(best_of_n.expected_score(jnp.asarray(scores), n, gold=jnp.asarray(gold)).mean()),
+        )
+        for n in counts
+    }
