@@ -18,7 +18,7 @@ from jaxrl_llm.lm import base_model, clinical_exam, ppo, reward_ensemble
 from jaxrl_llm.lm.scores import mean_difference, win_rate
 from jaxrl_llm.training import cli, experiment, frontier, plotting, report
 
-PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS)
+PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=60)
 
 
 @dataclass(frozen=True, kw_only=True)

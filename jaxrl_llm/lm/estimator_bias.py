@@ -94,6 +94,21 @@ class Bias(NamedTuple):
         """(measured - predicted) / standard error."""
         return (self.measured - self.predicted) / self.standard_error
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """Predicted, measured and standard error in per cent, and z, for a table."""
+        # Adding 0 turns a negative zero into a positive one.
+        predicted, measured = (
+            f"{round(100 * share, 2) + 0:+.2f}" for share in (self.predicted, self.measured)
+        )
+        return predicted, measured, f"{100 * self.standard_error:.2f}", f"{self.z:+.2f}"
+
+
+class Problem(NamedTuple):
+    """A token MDP, and a policy that is not its reference, as a table of logits."""
+
+    mdp: TokenMDP
+    logits: Array
+
 
 @dataclass(frozen=True)
 class TableModel:
@@ -123,6 +138,21 @@ class TableModel:
         return jnp.pad(hidden, ((0, 0), (0, 1), (0, 0)))
 
 
+def random_problem(seed: int, *, kl_coefficient: float = 0.5, **size: Any) -> Problem:
+    """Random rewards, a random reference and a random policy, of 3 tokens and 2 prompts.
+
+    Args:
+      seed: of all three.
+      kl_coefficient: beta.
+      **size: `length`, and `end_token` where responses may be shorter, as in `token_mdp.make`.
+    """
+    options: Any = {"vocab_size": 3, "num_prompts": 2, "kl_coefficient": kl_coefficient, **size}
+    shape = (2, token_mdp.make(**options).num_prefixes, 3)
+    reference, policy = np.random.default_rng(seed).normal(size=(2, *shape))
+    mdp = token_mdp.make(**options, seed=seed, reference_logits=0.7 * reference)
+    return Problem(mdp, jnp.asarray(policy, float))
+
+
 def bias(
     estimator: Estimator, mdp: TokenMDP, logits: Array, key: Key, *, num_minibatches: int
 ) -> Bias:
@@ -141,7 +171,11 @@ def bias(
     checks.at_least("num_minibatches", num_minibatches, 2)
     wanted = np.asarray(target_gradient(mdp, logits, estimator.target), np.float64).ravel()
     expected = np.asarray(expected_gradient(estimator, mdp, logits), np.float64).ravel()
-    sampled = jax.jit(partial(sampled_gradients, estimator, num_minibatches=num_minibatches))
+    sampled = jax.jit(
+        partial(sampled_gradients, estimator, num_minibatches=num_minibatches),
+        # It runs once, for less time than it would take to compile it well.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     each = np.asarray(sampled(mdp, logits, key), np.float64).reshape(num_minibatches, -1)
     along = wanted / (wanted @ wanted)
     error = each.std(axis=0, ddof=1) / np.sqrt(num_minibatches)

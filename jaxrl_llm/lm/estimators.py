@@ -22,10 +22,19 @@ from jaxrl_llm.envs import token_mdp
 from jaxrl_llm.envs.token_mdp import TokenMDP
 from jaxrl_llm.kernels import policy_gradient
 from jaxrl_llm.lm import exact, grpo, ppo, reinforce, rloo
-from jaxrl_llm.lm.estimator_bias import Estimator, Group, Host
+from jaxrl_llm.lm.estimator_bias import Bias, Estimator, Group, Host, bias
 from jaxrl_llm.lm.likelihood import response_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
-from jaxrl_llm.types import Array, Mean, PyTree, Responses
+from jaxrl_llm.types import Array, Key, Mean, PyTree, Responses
+
+# Those that are a mean over tokens, and RLOO, which is none.
+OF_TOKENS = (
+    "rloo, K = 2",
+    "ppo, lambda 1",
+    "grpo, k2 in the loss, K = 2",
+    "dapo, k2 in the loss, K = 2",
+    "dr_grpo, k2 in the loss, K = 2",
+)
 
 
 def make(mdp: TokenMDP, logits: Array) -> dict[str, Estimator]:
@@ -35,6 +44,22 @@ def make(mdp: TokenMDP, logits: Array) -> dict[str, Estimator]:
     length = token_mdp.expectation(mdp, policy, jnp.broadcast_to(lengths, policy.shape))
     families = (_reinforce(mdp), _rloo(mdp), _ppo(mdp, float(length)), _grpo(mdp, float(length)))
     return {name: found for family in (*families, _kl()) for name, found in family}
+
+
+def biases(
+    mdp: TokenMDP,
+    logits: Array,
+    key: Key,
+    num_minibatches: int,
+    names: tuple[str, ...] | None = None,
+) -> dict[str, Bias]:
+    """What each estimator misses; arguments as of `estimator_bias.bias`, `names` None for all."""
+    made = make(mdp, logits)
+    keys = dict(zip(made, jax.random.split(key, len(made)), strict=True))
+    return {
+        name: bias(made[name], mdp, logits, keys[name], num_minibatches=num_minibatches)
+        for name in (made if names is None else names)
+    }
 
 
 Family = Iterator[tuple[str, Estimator]]

@@ -88,8 +88,8 @@ class Config:
         if self.learn_ties and (self.num_annotators or self.label_smoothing):
             remedy = "set num_annotators and label_smoothing to 0"
             raise ValueError(f"learn_ties is True, which is a law of the choice itself; {remedy}")
-        if self.optimizer.trainable != "all":
-            remedy = "a reward model has no adapters: train all"
+        if self.optimizer.trainable not in ("all", "heads"):
+            remedy = "a reward model has no adapters: train all or heads"
             raise ValueError(f"optimizer.trainable is {self.optimizer.trainable}; {remedy}")
 
 
@@ -182,6 +182,7 @@ def gradient_of_loss(
     num_ratings = 1 if rating is None else jnp.maximum(jnp.sum(~jnp.isnan(rating)), 1)
 
     def total(params: PyTree, part: Responses, key: Key) -> tuple[Array, dict[str, Mean]]:
+        params = optimizer.freeze(params, config.optimizer.trainable)
         overall, criteria = _apply(model, params, part, method="raw", dropout_key=key)
         metrics = {
             "preference_loss": Mean.of(preference_loss(config, params, overall, part)),

@@ -24,7 +24,15 @@ Trainable = Literal["all", "adapter", "lora", "heads"]
 TRAINABLE: tuple[Trainable, ...] = get_args(Trainable)
 
 _LORA_LEAVES = ("lora_a", "lora_b")
-_PARTS = {"adapter": "adapter", "value_head": "heads"}
+_PARTS = {
+    "adapter": "adapter",
+    "value_head": "heads",
+    # Of a reward model, what it says and what it thinks of who compared.
+    "overall": "heads",
+    "by_criterion": "heads",
+    "annotator_logit": "heads",
+    "tie_logit": "heads",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -279,7 +279,7 @@ def test_dropout_is_on_in_training_and_off_in_scoring():
         ({"learn_ties": True, "num_annotators": 2}, "learn_ties is True, .*; set num_annotators"),
         (
             {"optimizer": optimizer.Config(trainable="lora")},
-            "optimizer.trainable is lora; a reward model has no adapters: train all",
+            "optimizer.trainable is lora; a reward model has no adapters: train all or heads",
         ),
     ],
 )
