@@ -5,6 +5,7 @@ Research only, not for clinical use.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ import numpy as np
 
 from jaxrl_llm.data import clinical_text, preference_tokens
 from jaxrl_llm.data.clinical_text import Case
+from jaxrl_llm.data.preferences import Judgement
 from jaxrl_llm.lm import clinical_exam, decoding, evaluate, rewards, rollouts
 from jaxrl_llm.lm.base_model import BaseModel
 from jaxrl_llm.lm.clinical_exam import Answer
 from jaxrl_llm.lm.scores import Estimate
+from jaxrl_llm.training.frontier import Curve
 from jaxrl_llm.types import Key, Responses, TokenBatch
 
 _PROMPTS_AT_ONCE = 100
@@ -35,6 +38,11 @@ class Examined(NamedTuple):
     def gold(self) -> list[float]:
         """The gold score of every answer."""
         return [answer.score.total for answer in self.answers]
+
+    @property
+    def point(self) -> Curve:
+        """Its place among others by KL and gold score."""
+        return Curve(self.divergence.kl.mean, *self.marks["gold_score"])
 
     @property
     def measures(self) -> dict[str, Estimate]:
@@ -105,3 +113,12 @@ def texts_of(policy: BaseModel, said: Responses) -> list[str]:
         policy.tokenizer, said.tokens, said.attention_mask, said.response_mask, ends
     )
     return [response for _, response in pairs]
+
+
+def as_responses(policy: BaseModel, pairs: Sequence[tuple[str, str]], longest: int) -> Responses:
+    """Prompts with a response each, as a reward model reads them, `[n, 1]`; longer ones are cut."""
+    judgements = [Judgement(prompt, text, desirable=True) for prompt, text in pairs]
+    with warnings.catch_warnings(action="ignore"):  # that some are cut
+        return preference_tokens.encode_judgements(
+            judgements, policy.tokenizer, response_length=longest
+        )

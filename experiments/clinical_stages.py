@@ -5,12 +5,10 @@ Everything is about SYNTHETIC cases, whose gold score is known. Research only, n
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +18,11 @@ from numpy.typing import NDArray
 from experiments import clinical_questions
 from experiments.clinical_questions import Examined
 from jaxrl_llm import checks
-from jaxrl_llm.data import clinical_preferences, clinical_text, preference_tokens, tokens
+from jaxrl_llm.data import clinical_preferences, clinical_text, tokens
 from jaxrl_llm.data.clinical_preferences import Annotator
 from jaxrl_llm.data.clinical_text import Case
-from jaxrl_llm.kernels.alignment import best_of_n_kl_bound
 from jaxrl_llm.lm import (
     base_model,
-    best_of_n,
     clinical_exam,
     dpo,
     evaluate,
@@ -35,7 +31,6 @@ from jaxrl_llm.lm import (
     policy_step,
     ppo,
     reward,
-    reward_ensemble,
     rewards,
     rollouts,
     sft,
@@ -44,27 +39,22 @@ from jaxrl_llm.lm import (
 from jaxrl_llm.lm.base_model import BaseModel
 from jaxrl_llm.lm.objective import Mix
 from jaxrl_llm.lm.rewards import Reward
-from jaxrl_llm.lm.scores import Estimate
 from jaxrl_llm.nn.gpt2 import GPT2
-from jaxrl_llm.nn.reward_model import RewardModel
-from jaxrl_llm.training import experiment
+from jaxrl_llm.training import experiment, frontier, plotting, report
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
 
-SMALLER = replace(base_model.SMALL, n_embd=128, n_head=4)
 IMITATION = sft.Config(
-    num_steps=500, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
+    num_steps=600, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
 )
 # The trunk stays that of the imitating policy: heads alone take a fifth of the time.
 HEADS = optimizer.Config(learning_rate=1e-3, weight_decay=0.01, trainable="heads")
 JUDGEMENT = reward.Config(num_steps=250, batch_size=16, head_rate=20, optimizer=HEADS)
 ROLLOUT = rollouts.Config(num_prompts=32, max_new_tokens=96)
 POLICY_STEPS = policy_step.Config(
-    num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=3e-4)
+    num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=6e-4)
 )
 ANNOTATOR = Annotator()
 VALUE_WIDTH = 256
-_NUM_NORMALISING = 100
-LONGEST_RESPONSE = 96  # tokens; 1 in 15 of those compared is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +65,7 @@ class StagesConfig(experiment.TrainConfig):
     num_checkpoints: int = 2
     model: Path | None = None
     """Directory of a fine-tuned GPT-2 to align; by default a small one is trained from nothing."""
-    base: base_model.Config = SMALLER
+    base: base_model.Config = base_model.SMALL
     num_demonstrations: int = 12_000
     """SYNTHETIC responses to imitate."""
     share_flawed: float = 0.6
@@ -102,31 +92,6 @@ class StagesConfig(experiment.TrainConfig):
         for name in ("num_demonstrations", "num_pairs", "num_held_out", "num_prompts"):
             checks.at_least(name, getattr(self, name), 1)
         checks.at_least("num_cases", self.num_cases, 2)
-
-
-class Judge(NamedTuple):
-    """A reward model, or several, and how well it predicts comparisons that it has not seen.
-
-    Attributes:
-      model: of each.
-      params: normalised to mean 0 and deviation 1 on what the imitating policy says; stacked on a
-        leading axis where there are several.
-      accuracy: on held-out comparisons; of several, the mean of theirs.
-      ceiling: the accuracy that nothing betters, so noisy is the annotator.
-      calibration: on held-out comparisons, of the first.
-    """
-
-    model: RewardModel
-    params: PyTree
-    accuracy: Estimate
-    ceiling: float
-    calibration: evaluate.Calibration
-
-    def reward(self, how: reward_ensemble.Aggregation = "worst") -> Reward:
-        """What a policy is to maximise; `how` is for an ensemble."""
-        if jnp.ndim(self.params["gain"]) == 0:
-            return rewards.of_model(self.model)
-        return rewards.of_ensemble(self.model, how)
 
 
 def imitate(run: experiment.Run[StagesConfig]) -> BaseModel:
@@ -157,77 +122,16 @@ def imitate(run: experiment.Run[StagesConfig]) -> BaseModel:
     return base._replace(params=state.train.params)
 
 
-def judge(
-    run: experiment.Run[StagesConfig],
-    policy: BaseModel,
-    *,
-    num_members: int = 1,
-    num_blocks: int | None = None,
-    name: str = "reward",
-) -> Judge:
-    """Learns to predict the annotator's comparisons.
-
-    Args:
-      run: of the experiment.
-      policy: whose trunk a reward model starts from, and on whose responses it is normalised.
-      num_members: of an ensemble; 1 is a reward model alone.
-      num_blocks: of the trunk, the first so many; None for all.
-      name: of the stage.
-    """
-    config, stage = run.config, run.start_stage(name)
-    start_key, said_key = experiment.keys(stage, 2)
-    compare = partial(clinical_preferences.pairs, config.seed, 0, annotators=(config.annotator,))
-    held_out = list(compare(config.num_held_out, "held_out"))
-    shape, trunk = policy.model.config, policy.params
-    if num_blocks is not None:
-        shape, trunk = replace(shape, n_layer=num_blocks), _first_blocks(trunk, num_blocks)
-    model = RewardModel(
-        shape,
-        dtype=policy.model.dtype,
-        pooling=config.pooling,
-        surprisal=config.surprisal,
-    )
-    with warnings.catch_warnings(action="ignore"):  # that the longest responses are cut
-        seen, unseen = (
-            preference_tokens.encode(
-                [pair.preference for pair in pairs],
-                policy.tokenizer,
-                response_length=LONGEST_RESPONSE,
-                criteria=model.criteria,
-            )
-            for pairs in (compare(config.num_pairs, "train"), held_out)
-        )
-    state = experiment.train(
-        stage,
-        reward_ensemble.make(config.reward, model, num_members),
-        num_steps=config.reward.num_steps,
-        items_per_step=config.reward.batch_size,
-        evaluate=lambda state: {},
-        state=reward_ensemble.start(config.reward, model, trunk, start_key, num_members),
-        data=seen,
-        sequential=True,
-        unit="pairs",
-    )
-    stacked = state.train.params
-    members = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_members)]
-    found = [reward.accuracy(model, member, unseen) for member in members]
-    asked = cases(config, _NUM_NORMALISING, "train")
-    (said,) = clinical_questions.respond(ROLLOUT, policy, asked, said_key)
-    scores = np.stack([reward.score_all(model, member, said).overall for member in members])
-    normal = reward.normalise(stacked, scores)
-    return Judge(
-        model=model,
-        params=normal if num_members > 1 else jax.tree.map(lambda leaf: leaf[0], normal),
-        accuracy=Estimate(*(sum(parts) / num_members for parts in zip(*found, strict=True))),
-        ceiling=clinical_preferences.ceiling(held_out),
-        calibration=reward.calibration(model, members[0], unseen),
-    )
-
-
-def _first_blocks(params: PyTree, count: int) -> PyTree:
-    transformer = params["transformer"]
-    blocks = {str(block): transformer["h"][str(block)] for block in range(count)}
-    return {**params, "transformer": {**transformer, "h": blocks}}
+def examine_all(
+    run: experiment.Run[StagesConfig], policies: Mapping[str, BaseModel], imitator: BaseModel
+) -> dict[str, Examined]:
+    """Puts the same unseen cases to every policy; each is compared with `imitator`."""
+    (key,) = experiment.keys(run, 1)
+    unseen = cases(run.config, run.config.num_cases, "held_out")
+    return {
+        name: clinical_questions.examine(ROLLOUT, policy, imitator, unseen, key)
+        for name, policy in policies.items()
+    }
 
 
 def cases(config: StagesConfig, count: int, split: clinical_text.Split) -> list[Case]:
@@ -336,17 +240,6 @@ def align_by_pairs(
     return imitator._replace(params=state.train.params)
 
 
-def compared(
-    config: rollouts.Config, policy: BaseModel, judge: Judge, asked: Sequence[Case], key: Key
-) -> Responses:
-    """Two responses of a policy to each case, and how probably the judge thinks each the better."""
-    batches = clinical_questions.respond(replace(config, num_samples=2), policy, asked, key)
-    pairs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(asked)], *batches)
-    scores = reward.score_all(judge.model, judge.params, pairs).overall
-    preferred = jax.nn.sigmoid((scores[:, 0] - scores[:, 1]) / judge.params["gain"])
-    return replace(pairs, score=jnp.stack([preferred, 1 - preferred], axis=1))
-
-
 def on_the_way(run: experiment.Run[Any], name: str, *metrics: str) -> list[NDArray[np.float64]]:
     """What the stage `name` logged of each metric, `[T]`."""
     stage = run.start_stage(name)
@@ -368,24 +261,42 @@ def gains(
     return np.sqrt(np.maximum(kl, 0)), proxy, gold
 
 
-def best_of(
-    counts: Sequence[int], policy: BaseModel, judge: Judge, unseen: Sequence[Case], key: Key
-) -> dict[int, tuple[float, float]]:
-    """For each n the bound of its KL, and the gold score of the one of n that the judge likes best.
+def draw(
+    run: experiment.Run[Any],
+    name: str,
+    before: Examined,
+    after: Examined,
+    calibration: evaluate.Calibration,
+    title: str,
+) -> None:
+    """Pictures of a run: gold and proxy on the way, marks, and the judge's calibration.
 
-    All n share the same draws, `max(counts)` a case, over all subsets of which the mean is exact.
+    Args:
+      run: whose folder they are written to.
+      name: of the policy's stage.
+      before: the imitating policy.
+      after: the aligned one.
+      calibration: of the reward model.
+      title: of the pictures.
     """
-    config = replace(ROLLOUT, num_samples=max(counts))
-    batches = clinical_questions.respond(config, policy, unseen, key)
-    said = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(unseen)], *batches)
-    scores = reward.score_all(judge.model, judge.params, said).overall
-    texts = clinical_questions.texts_of(policy, said)
-    answers = clinical_exam.mark(np.repeat(np.array(unseen, object), max(counts)).tolist(), texts)
-    gold = np.reshape([answer.score.total for answer in answers], scores.shape)
-    return {
-        n: (
-            float(best_of_n_kl_bound(n)),
-            float(best_of_n.expected_score(jnp.asarray(scores), n, gold=jnp.asarray(gold)).mean()),
-        )
-        for n in counts
+    bars = {mark: (before.marks[mark], after.marks[mark]) for mark in before.marks}
+    bins = calibration.confidence, calibration.accuracy
+    figures = {
+        "gold_and_proxy": frontier.gold_against_proxy(
+            {name.upper(): gains(run, name, before)},
+            title=f"{title}: gains while it learns",
+            ylabel="Gain (deviations of the imitator's scores)",
+            footer=report.RESEARCH_ONLY,
+        ),
+        "marks": frontier.before_after_bars(
+            bars, names=("imitating", "aligned"), title=title, footer=report.RESEARCH_ONLY
+        ),
+        "calibration": frontier.calibration_picture(
+            *(np.asarray(part.mean) for part in bins),
+            np.asarray(calibration.accuracy.weight),
+            title="Reward model on unseen SYNTHETIC comparisons",
+            footer=report.RESEARCH_ONLY,
+        ),
     }
+    for picture, figure in figures.items():
+        plotting.save_figure(figure, run.directory / f"{picture}.png")

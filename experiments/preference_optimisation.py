@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from experiments import clinical_questions as questions
+from experiments import clinical_judges as judges
 from experiments import clinical_stages as stages
 from jaxrl_llm.lm import dpo, grpo, ppo, rloo
-from jaxrl_llm.lm.scores import mean_with_interval, win_rate
+from jaxrl_llm.lm.scores import win_rate
 from jaxrl_llm.training import cli, experiment, frontier, plotting, report
 
 GROUPS = replace(stages.ROLLOUT, num_prompts=8, num_samples=4)
@@ -42,41 +42,33 @@ def main(config: Config) -> dict[str, float]:
     """Aligns by every method; shows what each reached, and draws the frontier."""
     run = experiment.open_run("preference_optimisation", config)
     config = run.config
-    exam_key, best_key, pairs_key = experiment.keys(run, 3)
+    best_key, pairs_key = experiment.keys(run, 3)[1:]
     imitator = stages.imitate(run)
-    judge = stages.judge(run, imitator)
-    unseen = stages.cases(config, config.num_cases, "held_out")
+    judge = judges.judge(run, imitator)
     aligned, curves = {"sft": imitator}, {}
     for name, method in METHODS.items():
         settings = getattr(config, name)
         num_iterations = config.num_responses // settings.rollout.num_responses
         settings = replace(settings, num_iterations=num_iterations)
-        aligned[name] = stages.align(
-            run, name, method, settings, imitator, judge.reward(), judge.params
-        )
+        aligned[name] = stages.align(run, name, method, settings, imitator, *judge.goal)
         curves[name.upper()] = frontier.Curve(*stages.on_the_way(run, name, "kl", "score_gold"))
     asked = stages.cases(config, config.num_responses // 2, "train")
-    pairs = stages.compared(stages.ROLLOUT, imitator, judge, asked, pairs_key)
+    pairs = judges.compared(stages.ROLLOUT, imitator, judge, asked, pairs_key)
     settings = replace(config.dpo, num_steps=len(asked) // config.dpo.batch_size)
     aligned["dpo"] = stages.align_by_pairs(run, "dpo", settings, imitator, pairs)
-    examined = {
-        name: questions.examine(stages.ROLLOUT, policy, imitator, unseen, exam_key)
-        for name, policy in aligned.items()
-    }
-    far = examined["dpo"].divergence.kl.mean
-    curves["DPO"] = frontier.Curve(far, *mean_with_interval(examined["dpo"].gold))
-    best = stages.best_of(BEST_OF, imitator, judge, unseen, best_key)
+    examined = stages.examine_all(run, aligned, imitator)
+    curves["DPO"] = examined["dpo"].point
+    unseen = stages.cases(config, config.num_cases, "held_out")
+    best = judges.best_of(BEST_OF, imitator, judge, unseen, best_key)
     title, footer = "Gold score of SYNTHETIC answers", report.RESEARCH_ONLY
     report.show_methods(title, {name: each.measures for name, each in examined.items()}, footer)
     figure = frontier.kl_reward_frontier(
         curves, best_of_n=best, square_root=True, title=title, footer=footer
     )
     plotting.save_figure(figure, run.directory / "frontier.png")
-    start = examined["sft"].gold
-    result = {
-        f"{name}_win_rate": win_rate(each.gold, start).mean for name, each in examined.items()
-    }
+    result = {}
     for name, each in examined.items():
+        result[f"{name}_win_rate"] = win_rate(each.gold, examined["sft"].gold).mean
         result |= {f"{name}_{key}": each.measures[key].mean for key in ("gold_score", "kl")}
     result |= {f"best_of_{n}_gold_score": gold for n, (_, gold) in best.items()}
     return experiment.finish(run, result)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments import clinical_questions as questions
+from experiments import clinical_judges as judges
 from experiments import clinical_stages as stages
+from jaxrl_llm import checks
 from jaxrl_llm.lm import base_model, clinical_exam, ppo, reward_ensemble
 from jaxrl_llm.lm.scores import mean_difference, win_rate
-from jaxrl_llm.training import cli, experiment, frontier, plotting, report
+from jaxrl_llm.training import cli, experiment, report
 
-PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=60)
+PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +34,23 @@ class Config(stages.StagesConfig):
     """Nats a response that the policy may be from the one it started as; reported beside it."""
     ppo: ppo.Config = PPO
 
+    def validate(self) -> None:
+        super().validate()
+        checks.at_least("num_reward_models", self.num_reward_models, 1)
+
 
 def main(config: Config) -> dict[str, float]:
     """Imitates, judges, aligns; shows every measure before and after; saves both models."""
     run = experiment.open_run("rlhf_clinical", config)
     config, settings = run.config, run.config.ppo
-    (exam_key,) = experiment.keys(run, 1)
     imitator = stages.imitate(run)
     base_model.export(run.directory / "sft_model", imitator)
-    judge = stages.judge(run, imitator, num_members=config.num_reward_models)
+    judge = judges.judge(run, imitator, num_members=config.num_reward_models)
     proxy = judge.reward(config.aggregation)
     aligned = stages.align(run, "ppo", ppo, settings, imitator, proxy, judge.params)
     saved = base_model.export(run.directory / "model", aligned)
     print(f"model: {saved or 'in the checkpoints alone; GPT-2 has no place for an adapter'}")
-    unseen = stages.cases(config, config.num_cases, "held_out")
-    before, after = (
-        questions.examine(settings.rollout, policy, imitator, unseen, exam_key)
-        for policy in (imitator, aligned)
-    )
+    before, after = stages.examine_all(run, {"sft": imitator, "ppo": aligned}, imitator).values()
     won, gain = win_rate(after.gold, before.gold), mean_difference(after.gold, before.gold)
     title = f"{config.num_cases} unseen SYNTHETIC cases"
     report.show_samples(title, clinical_exam.samples(before.answers, after.answers, 2))
@@ -61,13 +61,7 @@ def main(config: Config) -> dict[str, float]:
         f"noise allows {judge.ceiling:.3f}.\n{report.RESEARCH_ONLY}"
     )
     report.show_change(title, before.measures, after.measures, footer=footer)
-    figure = frontier.gold_against_proxy(
-        {"PPO": stages.gains(run, "ppo", before)}, title=title, ylabel="Gain (deviations)"
-    )
-    plotting.save_figure(figure, run.directory / "gold_and_proxy.png")
-    bars = {name: (before.marks[name], after.marks[name]) for name in before.marks}
-    figure = frontier.before_after_bars(bars, names=("imitating", "aligned"), title=title)
-    plotting.save_figure(figure, run.directory / "marks.png")
+    stages.draw(run, "ppo", before, after, judge.calibration, title)
     result = {
         "gold_score_sft": before.marks["gold_score"].mean,
         "gold_score_policy": after.marks["gold_score"].mean,

@@ -45,7 +45,7 @@ def draw(
     responses = rollouts.draw(config, model, key, params, task.prompts)
     scores = reward.score(task.reward, responses)
     total, _, _ = reward.mix.combine(reward.mix.init(), scores)
-    ended = rollouts.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
+    ended = decoding.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
     return replace(responses, score=total - config.missing_end_penalty * ~ended)
 
 

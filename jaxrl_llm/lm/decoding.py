@@ -16,9 +16,9 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from jaxrl_llm import checks
-from jaxrl_llm.kernels import policy_gradient, sampling
+from jaxrl_llm.kernels import alignment, policy_gradient, sampling
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config, init_cache
-from jaxrl_llm.types import Array, Key, KVCache, PyTree, TokenBatch
+from jaxrl_llm.types import Array, Key, KVCache, PyTree, Responses, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +319,13 @@ def _permitted(config: Config, logits: Array, step: Array, stop_tokens: tuple[in
 def among(chosen: tuple[int, ...], tokens: Array) -> Array:
     """Which of `tokens` are `chosen`."""
     return jnp.isin(tokens, jnp.array(chosen, jnp.int32))
+
+
+def has_ended(responses: Responses, stop_tokens: tuple[int, ...]) -> Array:
+    """Whether a stop token, rather than the limit, ended each response, `[G, K]` bool."""
+    written = responses.tokens[..., responses.prompt_length :]
+    unfinished = partial(alignment.is_unfinished, end_tokens=stop_tokens)
+    return ~jax.vmap(jax.vmap(unfinished))(written, responses.response_mask)
 
 
 def has_penalty(law: Law) -> bool:

@@ -190,6 +190,7 @@ def bias(
     )
 
 
+@partial(jax.jit, static_argnames="target")
 def target_gradient(mdp: TokenMDP, logits: Array, target: Target) -> Array:
     """The exact gradient of J, or of -KL(pi || ref), like `logits`."""
     policy = partial(token_mdp.tabular_log_probability, mdp)
@@ -201,21 +202,18 @@ def target_gradient(mdp: TokenMDP, logits: Array, target: Target) -> Array:
 def expected_gradient(estimator: Estimator, mdp: TokenMDP, logits: Array) -> Array:
     """What the estimate is on average, by its definition and the probability of every group."""
     size = estimator.num_samples
-    policy = partial(token_mdp.tabular_token_log_probability, mdp)
-    drawn, pull_back = jax.vjp(policy, logits)
-    log_ratio = np.asarray(drawn - _reference_tokens(mdp), np.float64)
-    response_law = np.exp(np.asarray(drawn, np.float64).sum(axis=-1))
+    drawn, log_ratio = (np.asarray(each, np.float64) for each in _tokens_and_ratio(mdp, logits))
     groups = np.indices((len(mdp.responses),) * size).reshape(size, -1).T
-    group_law = response_law[:, groups].prod(axis=-1)
+    group_law = np.exp(drawn.sum(axis=-1))[:, groups].prod(axis=-1)
     group_law *= np.asarray(mdp.prompt_probability, np.float64)[:, None]
-    mask = np.broadcast_to(np.asarray(mdp.mask, np.float64), log_ratio.shape)
+    mask = np.broadcast_to(np.asarray(mdp.mask, np.float64), drawn.shape)
     reward = np.asarray(mdp.reward, np.float64)
     group = Group(reward[:, groups], log_ratio[:, groups], mask[:, groups])
     credit = group_law[..., None, None] * estimator.credit(group) * group.mask
-    total = np.zeros(log_ratio.shape)
+    total = np.zeros(drawn.shape)
     everywhere: Any = (slice(None), groups)
     np.add.at(total, everywhere, credit)
-    return pull_back(jnp.asarray(total, drawn.dtype))[0]
+    return _credited_gradient(mdp, logits, jnp.asarray(total, logits.dtype))
 
 
 def sampled_gradients(
@@ -259,6 +257,20 @@ def draw(
 def reference_logits(mdp: TokenMDP) -> Array:
     """Of the reference policy, a table like the policy's."""
     return token_mdp.conditional_log_probability(mdp, mdp.reference_log_probability)
+
+
+@jax.jit
+def _tokens_and_ratio(mdp: TokenMDP, logits: Array) -> tuple[Array, Array]:
+    """log pi and log(pi / ref) of every token of every response."""
+    drawn = token_mdp.tabular_token_log_probability(mdp, logits)
+    return drawn, drawn - _reference_tokens(mdp)
+
+
+@jax.jit
+@partial(jax.grad, argnums=1)
+def _credited_gradient(mdp: TokenMDP, logits: Array, credit: Array) -> Array:
+    """The gradient of the sum of credit log pi over every token of every response."""
+    return jnp.sum(credit * token_mdp.tabular_token_log_probability(mdp, logits))
 
 
 def _reference_tokens(mdp: TokenMDP) -> Array:

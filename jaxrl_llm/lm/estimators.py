@@ -39,10 +39,8 @@ OF_TOKENS = (
 
 def make(mdp: TokenMDP, logits: Array) -> dict[str, Estimator]:
     """Each estimator by name, charging the beta of `mdp`, for the policy that has `logits`."""
-    policy = token_mdp.tabular_log_probability(mdp, logits)
-    lengths = jnp.sum(mdp.mask, axis=-1, dtype=policy.dtype)
-    length = token_mdp.expectation(mdp, policy, jnp.broadcast_to(lengths, policy.shape))
-    families = (_reinforce(mdp), _rloo(mdp), _ppo(mdp, float(length)), _grpo(mdp, float(length)))
+    length = float(_mean_length(mdp, logits))
+    families = (_reinforce(mdp), _rloo(mdp), _ppo(mdp, length), _grpo(mdp, length))
     return {name: found for family in (*families, _kl()) for name, found in family}
 
 
@@ -62,6 +60,13 @@ def biases(
     }
 
 
+@jax.jit
+def _mean_length(mdp: TokenMDP, logits: Array) -> Array:
+    policy = token_mdp.tabular_log_probability(mdp, logits)
+    lengths = jnp.sum(mdp.mask, axis=-1, dtype=policy.dtype)
+    return token_mdp.expectation(mdp, policy, jnp.broadcast_to(lengths, policy.shape))
+
+
 Family = Iterator[tuple[str, Estimator]]
 
 
@@ -79,7 +84,7 @@ def _reinforce(mdp: TokenMDP) -> Family:
             constant_baseline=constant,
         )
         yield (
-            f"reinforce, {baseline.replace('_', ' ')} baseline",
+            f"reinforce, baseline {baseline.replace('_', ' ')}",
             Estimator(
                 num_samples=size,
                 loss=partial(_reinforce_loss, config),

@@ -282,15 +282,13 @@ def _divergence(
         response_likelihood(model, each, responses, temperature=temperature)
         for each in (params, reference)
     )
-    written = responses.tokens[..., responses.prompt_length :]
-    stops = decoding.among(stop_tokens, written) & responses.response_mask
     exact = exact_kl(model, params, reference, responses, temperature=temperature)
     return {
         "kl": jnp.sum(exact, axis=-1),
         "k1": jnp.sum(pi.log_probability - ref.log_probability, axis=-1),
         "entropy": jnp.sum(pi.entropy, axis=-1),
         "length": jnp.sum(responses.response_mask, axis=-1),
-        "ended": jnp.any(stops, axis=-1),
+        "ended": decoding.has_ended(responses, stop_tokens),
     }
 
 

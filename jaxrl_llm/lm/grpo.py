@@ -138,7 +138,7 @@ def as_batch(config: Config, model: GPT2, responses: Responses) -> Batch:
     counted = responses.response_mask
     if config.mask_truncated:
         stop_tokens = decoding.end_tokens(model, config.rollout.stop_tokens)
-        counted &= rollouts.has_ended(responses, stop_tokens)[..., None]
+        counted &= decoding.has_ended(responses, stop_tokens)[..., None]
     return Batch(
         responses=responses,
         advantage=advantage(config, responses),

@@ -181,7 +181,7 @@ def collect(
         responses = responses.replace(value=value)
     scores = reward.score(task.reward, responses)
     total, mix, mixing = reward.mix.combine(state.mix, scores)
-    ended = has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
+    ended = decoding.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
     total = total - config.missing_end_penalty * ~ended
     responses = responses.replace(score=total)
     kl = jnp.sum(log_ratio_to_reference(responses), axis=-1)
@@ -221,12 +221,6 @@ def draw(config: Config, model: GPT2, key: Key, params: PyTree, prompts: TokenBa
         response_mask=batch.response_mask[:, response].reshape(groups),
         log_probability=log_probability[:, response].reshape(groups),
     )
-
-
-def has_ended(responses: Responses, stop_tokens: tuple[int, ...]) -> Array:
-    """Whether a stop token, rather than the limit, ended each response, `[G, K]` bool."""
-    written = responses.tokens[..., responses.prompt_length :]
-    return jnp.any(decoding.among(stop_tokens, written) & responses.response_mask, axis=-1)
 
 
 def log_ratio_to_reference(responses: Responses) -> Array:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxrl_llm.training.plotting import _COLORS, _GREY, _INK, _SMALL, _figure, spread
+from jaxrl_llm.training.plotting import COLORS, GREY, INK, SMALL, new_figure, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def kl_reward_frontier(
     drawn = {name: _arrays(f"curves[{name!r}]", curve) for name, curve in curves.items()}
     if not drawn:
         raise ValueError("curves is empty; give at least one")
-    figure, axes = _figure(7.2, 4.4, title, footer)
+    figure, axes = new_figure(7.2, 4.4, title, footer)
     if square_root:
         axes.set_xscale("function", functions=(_signed_root, _signed_square))
     ends = []
@@ -98,13 +98,13 @@ def kl_reward_frontier(
         ends.append(_End(name, float(kl[-1]), float(reward[-1]), color, mark))
     if best_of_n:
         points = np.array(sorted(best_of_n.values()), float)
-        axes.plot(*points.T, color=_INK, linewidth=1.0, linestyle=":", marker="*", markersize=8)
+        axes.plot(*points.T, color=INK, linewidth=1.0, linestyle=":", marker="*", markersize=8)
         kl, reward = map(float, points[-1])
-        ends.append(_End("best of n", kl, reward, _INK, "*"))
+        ends.append(_End("best of n", kl, reward, INK, "*"))
     exact = None if optimum is None else _arrays("optimum", optimum)
     if exact is not None:
-        axes.plot(exact["kl"], exact["reward"], color=_GREY, linewidth=1.2, linestyle="--")
-        ends.append(_End("optimum", float(exact["kl"][-1]), float(exact["reward"][-1]), _GREY, ""))
+        axes.plot(exact["kl"], exact["reward"], color=GREY, linewidth=1.2, linestyle="--")
+        ends.append(_End("optimum", float(exact["kl"][-1]), float(exact["reward"][-1]), GREY, ""))
     axes.margins(y=0.08)
     axes.autoscale_view()
     right = max(axes.dataLim.x1, 1e-9)
@@ -116,7 +116,7 @@ def kl_reward_frontier(
         axes.set_xlim(-right * pad, right * (1 + pad))
     if exact is not None:
         bottom, top = axes.get_ylim()
-        axes.fill_between(exact["kl"], exact["reward"], top, color=_GREY, alpha=0.1, linewidth=0)
+        axes.fill_between(exact["kl"], exact["reward"], top, color=GREY, alpha=0.1, linewidth=0)
         axes.set_ylim(bottom, top)
     axes.set_xlabel(f"{xlabel}, square-root scale" if square_root else xlabel)
     axes.set_ylabel(ylabel)
@@ -153,7 +153,7 @@ def gold_against_proxy(
     """
     if not curves:
         raise ValueError("curves is empty; give at least one")
-    figure, axes = _figure(7.2, 4.4, title, footer)
+    figure, axes = new_figure(7.2, 4.4, title, footer)
     ends = []
     for (name, curve), (color, mark) in zip(curves.items(), _styles(), strict=False):
         root, proxy, gold = _finite_rows(
@@ -172,13 +172,13 @@ def gold_against_proxy(
     axes.margins(x=0.03, y=0.1)
     _name_ends(axes, ends, inches=4.4)
     keys = [
-        axes.plot([], [], "--", color=_INK, linewidth=1.4)[0],
-        axes.plot([], [], "-", color=_INK, linewidth=2.2)[0],
-        axes.plot([], [], "o", color=_INK, markersize=9, markerfacecolor="none")[0],
+        axes.plot([], [], "--", color=INK, linewidth=1.4)[0],
+        axes.plot([], [], "-", color=INK, linewidth=2.2)[0],
+        axes.plot([], [], "o", color=INK, markersize=9, markerfacecolor="none")[0],
     ]
     names = ["proxy: what is maximised", "gold: what is meant", "gold at its highest"]
     axes.legend(
-        keys, names, frameon=False, fontsize=_SMALL, ncols=3, loc="lower left",
+        keys, names, frameon=False, fontsize=SMALL, ncols=3, loc="lower left",
         bbox_to_anchor=(-0.02, 1.0), columnspacing=1.5, handlelength=2.2,
     )  # fmt: skip
     return figure
@@ -211,19 +211,19 @@ def before_after_bars(
         if not np.isfinite(numbers[index]).all():
             raise ValueError(f"measures[{name!r}] is {numbers[index].tolist()}; it must be finite")
     height = 0.62 * len(measures) + 1.3
-    figure, axes = _figure(6.8, height, title, footer)
+    figure, axes = new_figure(6.8, height, title, footer)
     lowest, highest = min(0.0, float(numbers.min())), max(0.0, float(numbers.max()))
     span = (highest - lowest) or 1.0
     row = np.arange(len(measures))
-    styles = ((-0.2, _BEFORE), (0.2, _COLORS[0]))
+    styles = ((-0.2, _BEFORE), (0.2, COLORS[0]))
     for which, (shift, color) in enumerate(styles):
         mean, low, high = numbers[:, which].T
         axes.barh(row + shift, mean, height=0.36, color=color)
-        axes.hlines(row + shift, low, high, color=_INK, linewidth=1.2)
+        axes.hlines(row + shift, low, high, color=INK, linewidth=1.2)
         for place, number, end in zip(row + shift, mean, np.maximum(high, 0), strict=True):
             text = f"{names[which]} {_number(number, span)}"
             axes.text(
-                end + 0.015 * span, place, text, color=_INK, fontsize=_SMALL, va="center_baseline"
+                end + 0.015 * span, place, text, color=INK, fontsize=SMALL, va="center_baseline"
             )
     # Room for the longest text, which is about 0.07 inches a character.
     characters = max(map(len, names)) + 6
@@ -233,7 +233,7 @@ def before_after_bars(
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     if lowest < 0:
-        axes.axvline(0, color=_GREY, linewidth=0.8)
+        axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel(xlabel)
     return figure
 
@@ -268,21 +268,21 @@ def calibration_picture(
     if not filled.any():
         raise ValueError("weight has no bin above 0; there is nothing to draw")
     predicted, right, number = (drawn[name][filled] for name in given)
-    figure, axes = _figure(4.8, 4.8, title, footer)
+    figure, axes = new_figure(4.8, 4.8, title, footer)
     start = np.floor(10 * min(predicted.min(), right.min()) - 1e-9) / 10
     low = float(np.clip(start, 0.0, 0.9))
-    axes.plot([low, 1], [low, 1], color=_GREY, linewidth=1.2, linestyle="--", zorder=1)
-    axes.vlines(predicted, predicted, right, color=_COLORS[1], linewidth=1.6, zorder=2)
+    axes.plot([low, 1], [low, 1], color=GREY, linewidth=1.2, linestyle="--", zorder=1)
+    axes.vlines(predicted, predicted, right, color=COLORS[1], linewidth=1.6, zorder=2)
     area = 260 * number / number.max()
     axes.scatter(
-        predicted, right, s=np.maximum(area, 6), color=_COLORS[0], edgecolor="white",
+        predicted, right, s=np.maximum(area, 6), color=COLORS[0], edgecolor="white",
         linewidth=0.8, zorder=3, clip_on=False,
     )  # fmt: skip
     pad = 0.03 * (1 - low)
     axes.set_xlim(low - pad, 1 + pad)
     axes.set_ylim(low - pad, 1 + pad)
     axes.set_aspect("equal")
-    style: dict[str, Any] = {"fontsize": _SMALL, "color": _GREY, "transform": axes.transAxes}
+    style: dict[str, Any] = {"fontsize": SMALL, "color": GREY, "transform": axes.transAxes}
     axes.text(0.03, 0.97, "too modest", va="top", **style)
     axes.text(0.97, 0.1, "too sure", ha="right", **style)
     cases = f"area: number of cases, at most {number.max():,.0f}"
@@ -294,7 +294,7 @@ def calibration_picture(
 
 def _styles() -> Iterator[tuple[str, str]]:
     """Colours and marks without end; the numbers of both are coprime, so pairs repeat late."""
-    return zip(cycle(_COLORS), cycle(_MARKS), strict=False)
+    return zip(cycle(COLORS), cycle(_MARKS), strict=False)
 
 
 def _arrays(place: str, curve: Curve) -> dict[str, NDArray[np.float64]]:
@@ -331,11 +331,11 @@ def _name_ends(axes: Axes, ends: Sequence[_End], *, inches: float) -> None:
     heights = [(end.y - bottom) / (top - bottom) for end in ends]
     names = [textwrap.fill(end.name, _LABEL_CHARACTERS) for end in ends]
     num_lines = max(name.count("\n") + 1 for name in names)
-    gap = 1.3 * _SMALL * num_lines / (0.75 * 72 * inches)
+    gap = 1.3 * SMALL * num_lines / (0.75 * 72 * inches)
     for end, name, height in zip(ends, names, spread(heights, gap), strict=True):
         axes.annotate(
             name, xy=(end.x, end.y), xytext=(1.06, height), textcoords="axes fraction",
-            fontsize=_SMALL, color=_INK, va="center", annotation_clip=False,
+            fontsize=SMALL, color=INK, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.9, "linestyle": ":",
                         "alpha": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
@@ -360,7 +360,7 @@ def _write_numbers(axes: Axes, best_of_n: Mapping[int, tuple[float, float]]) -> 
             last = place
             axes.annotate(
                 f"{number}", xy=point, xytext=(-5, 3), textcoords="offset points", ha="right",
-                fontsize=_SMALL - 1, color=_INK,
+                fontsize=SMALL - 1, color=INK,
             )  # fmt: skip
 
 

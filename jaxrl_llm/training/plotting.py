@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
-_INK, _GREY, _PALE = "#222222", "#666666", "#DDDDDD"
-_FONT, _SMALL = 10.0, 8.5  # points
+INK, GREY, _PALE = "#222222", "#666666", "#DDDDDD"
+_FONT, SMALL = 10.0, 8.5  # points
 _MAX_NUMBERED_CELLS = 200
 _MAX_SHARP_ROWS = 1_000  # more have less than a pixel each, and are averaged
 _NAME_CHARACTERS = 32
@@ -71,8 +71,8 @@ def learning_curve(
             raise ValueError(f"references[{name!r}] is {level}; it must be finite")
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = _figure(6.8, 4.0, title, footer)
-    color = _COLORS[0]
+    figure, axes = new_figure(6.8, 4.0, title, footer)
+    color = COLORS[0]
     num_seeds = values.shape[0]
     if num_seeds > 1:
         for curve in values:
@@ -91,7 +91,7 @@ def learning_curve(
     axes.margins(x=0.0 if steps.size > 1 else 0.5, y=0.08)
     _draw_references(axes, references or {}, inches=4.0)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=_SMALL, loc="best")
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=SMALL, loc="best")
     return figure
 
 
@@ -140,7 +140,7 @@ def policy_heatmap(
     longest = min(_NAME_CHARACTERS, max(map(len, state_names)))
     height = max(1.2, min(8.0, (0.32 if is_small else 0.2) * shape[0]))
     width = sum(widths) + 0.085 * longest + (0.6 if is_certain else 1.4)
-    figure, first, *rest = _figure(
+    figure, first, *rest = new_figure(
         max(4.2, width), height + 1.6, title, footer, width_ratios=widths
     )
 
@@ -201,8 +201,8 @@ def convergence(
     points = np.concatenate([np.zeros(0), *drawable.values()])
     if np.all(np.isnan(points)):
         raise ValueError("curves has no positive residual; there is nothing to draw")
-    figure, axes = _figure(6.8, 4.0, title, footer)
-    styles = zip(cycle(_COLORS), cycle(_DASHES), strict=False)
+    figure, axes = new_figure(6.8, 4.0, title, footer)
+    styles = zip(cycle(COLORS), cycle(_DASHES), strict=False)
     for (name, residual), (color, dashes) in zip(drawable.items(), styles, strict=False):
         iteration = np.arange(1, residual.size + 1)
         single = _dot_if_single(residual[np.isfinite(residual)])
@@ -213,13 +213,13 @@ def convergence(
         first = max(firsts, default=np.nanmax(points))
         label = rf"$\gamma^k$, $\gamma$ = {rate:g}"
         predicted = first * rate ** (iteration - 1.0)
-        axes.plot(iteration, predicted, ":", color=_INK, linewidth=1.2, label=label, zorder=3)
+        axes.plot(iteration, predicted, ":", color=INK, linewidth=1.2, label=label, zorder=3)
     axes.set_yscale("log")
     axes.set_ylim(np.nanmin(points) / 2, np.nanmax(points) * 2)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.legend(frameon=False, fontsize=_SMALL, loc="best")
+    axes.legend(frameon=False, fontsize=SMALL, loc="best")
     return figure
 
 
@@ -233,7 +233,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _figure(
+def new_figure(
     width: float, height: float, title: str, footer: str, width_ratios: Sequence[float] = (1,)
 ) -> tuple[Any, ...]:
     """A figure and its axes side by side, in the common style."""
@@ -243,15 +243,15 @@ def _figure(
     panels = figure.subplots(1, len(width_ratios), squeeze=False, width_ratios=width_ratios)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_GREY)
-        axes.tick_params(colors=_INK, labelsize=_SMALL, color=_GREY)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(colors=INK, labelsize=SMALL, color=GREY)
         axes.grid(color=_PALE, linewidth=0.6)
         axes.set_axisbelow(True)
     if title:
         wrapped = "\n".join(textwrap.wrap(title, max(20, int(width * 11))))
         figure.suptitle(wrapped, fontsize=_FONT + 1.5, fontweight="bold", x=0.01, ha="left")
     if footer:
-        figure.supxlabel(footer, fontsize=_SMALL - 1, color=_GREY, x=0.01, ha="left")
+        figure.supxlabel(footer, fontsize=SMALL - 1, color=GREY, x=0.01, ha="left")
     return figure, *panels
 
 
@@ -270,7 +270,7 @@ def _dot_if_single(points: NDArray[np.float64]) -> dict[str, str]:
 def _draw_references(axes: Axes, references: Mapping[str, float], inches: float) -> None:
     """Levels across, their names apart from each other at the right; `inches` is the height."""
     levels = sorted(references.items(), key=lambda item: item[1])
-    styles = zip(cycle(_COLORS[1:]), cycle(_DASHES[1:]), strict=False)
+    styles = zip(cycle(COLORS[1:]), cycle(_DASHES[1:]), strict=False)
     lines = [
         axes.axhline(level, linestyle=dashes, color=color, linewidth=1.2, label=f"_{name}")
         for (name, level), (color, dashes) in zip(levels, styles, strict=False)
@@ -279,7 +279,7 @@ def _draw_references(axes: Axes, references: Mapping[str, float], inches: float)
     bottom, top = axes.get_ylim()
     heights = [(level - bottom) / (top - bottom) for _, level in levels]
     # The axes are about four fifths of the figure's height.
-    gap = 1.4 * _SMALL / (0.8 * 72 * inches)
+    gap = 1.4 * SMALL / (0.8 * 72 * inches)
     for (name, level), line, at in zip(levels, lines, spread(heights, gap), strict=True):
         axes.annotate(
             f"{name} {level:.3g}",
@@ -287,8 +287,8 @@ def _draw_references(axes: Axes, references: Mapping[str, float], inches: float)
             xycoords=axes.get_yaxis_transform(),
             xytext=(1.03, at),
             textcoords="axes fraction",
-            color=_INK,
-            fontsize=_SMALL,
+            color=INK,
+            fontsize=SMALL,
             va="center",
             arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.7},
             annotation_clip=False,
@@ -360,7 +360,7 @@ def _number_cells(
             f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}"),
             ha="center",
             va="center",
-            fontsize=_SMALL,
+            fontsize=SMALL,
             fontweight="bold" if bold[row, column] else "normal",
             color="white" if is_dark[row, column] else "black",
         )
@@ -370,16 +370,16 @@ def _color_bar(image: AxesImage, name: str, highest: float, inches: float) -> No
     """At the right of a picture that is `inches` wide; the same size for every picture."""
     place = image.axes.inset_axes((1 + 0.1 / inches, 0.0, 0.14 / inches, 0.4))
     bar = image.axes.figure.colorbar(image, cax=place)
-    bar.set_label(name, fontsize=_SMALL)
+    bar.set_label(name, fontsize=SMALL)
     place.spines[:].set_visible(False)
     place.set_ylim(top=highest)
-    place.tick_params(labelsize=_SMALL, color=_GREY)
+    place.tick_params(labelsize=SMALL, color=GREY)
 
 
 def _name_cells(axes: Axes, which: Literal["x", "y"], names: Sequence[str], inches: float) -> None:
     """Names the rows or columns, as many as there is room for, the first and evenly on."""
     short = [textwrap.shorten(name, _NAME_CHARACTERS, placeholder="…") for name in names]
-    crowding = len(names) * 1.25 * _SMALL / (72 * inches)
+    crowding = len(names) * 1.25 * SMALL / (72 * inches)
     every = next(number for number in _ROUND_NUMBERS if number >= crowding)
     shown = range(0, len(names), every)
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -390,6 +390,6 @@ def _name_cells(axes: Axes, which: Literal["x", "y"], names: Sequence[str], inch
     if which == "x":
         axes.xaxis.tick_top()
         # Names wider than their columns stand on end.
-        if max(map(len, short)) * 0.62 * _SMALL > 72 * inches * every / len(names):
+        if max(map(len, short)) * 0.62 * SMALL > 72 * inches * every / len(names):
             axis.set_tick_params(labelrotation=90)
     axis.set_tick_params(length=0, which="both")
