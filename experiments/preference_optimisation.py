@@ -1,6 +1,6 @@
 """PPO, RLOO, GRPO, DPO and best-of-n at an equal budget: gold score against KL from the reference.
 
-    python -m experiments.preference_optimisation [--model DIRECTORY --num-responses 6400]
+    python -m experiments.preference_optimisation [--model DIRECTORY --num-responses 3200]
 
 Every method has the same imitating policy, the same reward model and as many responses to learn
 from, for the same SYNTHETIC cases. Expected on 2 CPU cores: EXPECTED.
@@ -30,7 +30,7 @@ BEST_OF = (1, 2, 4, 8, 16)
 class Config(stages.StagesConfig):
     """Methods of alignment side by side on SYNTHETIC text. Research only, not for clinical use."""
 
-    num_responses: int = 3200
+    num_responses: int = 1280
     """That each method learns from."""
     ppo: ppo.Config = PPO
     rloo: rloo.Config = RLOO

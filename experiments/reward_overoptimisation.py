@@ -21,7 +21,7 @@ from jaxrl_llm.training import cli, experiment, frontier, plotting, report
 UPDATE = replace(
     stages.POLICY_STEPS, optimizer=replace(stages.POLICY_STEPS.optimizer, learning_rate=1e-3)
 )
-UNGUARDED = ppo.Config(rollout=stages.ROLLOUT, update=UPDATE, kl_coefficient=0.0, num_iterations=50)
+UNGUARDED = ppo.Config(rollout=stages.ROLLOUT, update=UPDATE, kl_coefficient=0.0, num_iterations=30)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,9 @@ def main(config: Config) -> dict[str, float]:
     report.show_methods("Gold marks of unseen SYNTHETIC cases", shown, footer)
     result = {"at_least": config.at_least}
     for name, each in examined.items():
-        result[f"{name}_gold_score"] = each.marks["gold_score"].mean
-        safety = each.marks["safety"]
-        result |= {f"{name}_safety": safety.mean, f"{name}_safety_low": safety.low}
-        result[f"{name}_safety_high"] = safety.high
+        for mark in ("gold_score", "safety"):
+            known = each.marks[mark]._asdict().items()
+            result |= {f"{name}_{mark}_{key}": value for key, value in known}
     return experiment.finish(run, result)
 
 

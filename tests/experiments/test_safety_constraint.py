@@ -18,7 +18,7 @@ def test_main_examines_both_policies_and_records_the_multiplier(tmp_path):
     result = safety_constraint.main(config)
     assert is_finite(result)
     for name in ("sft", "weighted", "constrained"):
-        low, mean, high = (result[f"{name}_safety{end}"] for end in ("_low", "", "_high"))
+        low, mean, high = (result[f"{name}_safety_{end}"] for end in ("low", "mean", "high"))
         assert low <= mean <= high
     lines = logging.read_metrics(run_folder(tmp_path) / "constrained")
     # What this policy says is not safe, so the multiplier rises.

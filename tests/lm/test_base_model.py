@@ -143,3 +143,32 @@ def test_validate_names_the_field(changes, message):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         replace(SMALL, **changes).validate()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora", "adapter"])
+def test_extend_starts_as_the_same_policy_with_a_value_of_zero(fresh, trainable):
+    learner = base_model.extend(TINY, fresh, fast_key(1), trainable=trainable, value_width=4)
+    np.testing.assert_allclose(
+        logits(learner.model, learner.params), logits(fresh.model, fresh.params), atol=1e-6
+    )
+    assert_same(adapters.trunk(learner.params), fresh.params)
+    hidden = jnp.ones((1, 3, TINY.n_embd))
+    value = learner.model.apply({"params": learner.params}, hidden, method="value")
+    np.testing.assert_array_equal(value, 0)
+
+
+def test_extend_merges_a_lora_into_the_reference_of_what_comes_next(fresh):
+    tuned = base_model.extend(TINY, fresh, fast_key(1), trainable="lora")
+    tuned = tuned._replace(params=noisy(tuned.params))
+    learner = base_model.extend(TINY, tuned, fast_key(2))
+    np.testing.assert_allclose(
+        logits(learner.model, learner.params), logits(tuned.model, tuned.params), atol=1e-5
+    )
+
+
+def test_extend_refuses_an_adapter_that_cannot_be_merged(fresh):
+    tuned = base_model.extend(TINY, fresh, fast_key(1), trainable="adapter")
+    with pytest.raises(
+        ValueError, match=r"^base has a residual adapter; fine-tune all of it or by"
+    ):
+        base_model.extend(TINY, tuned, fast_key(2))

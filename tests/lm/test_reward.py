@@ -236,8 +236,8 @@ def test_next_batch_takes_every_pair_once_an_epoch_and_all_that_is_known_of_it(p
     assert sorted(seen) == list(range(8))
 
 
-def test_update_moves_reliabilities_at_a_rate_of_their_own(params):
-    config = replace(CONFIG, num_annotators=3, choice_rate=20.0, optimizer=ADAMW)
+def test_update_moves_reliabilities_and_heads_at_rates_of_their_own(params):
+    config = replace(CONFIG, num_annotators=3, choice_rate=20.0, head_rate=3.0, optimizer=ADAMW)
     pairs = replace(PAIRS, annotator=np.array([0, 0, 2, 2] * 2, np.int32))
     state = reward.start(config, params, fast_key(0))
     after, _ = jax.jit(reward.update, static_argnums=(0, 1))(
@@ -249,7 +249,21 @@ def test_update_moves_reliabilities_at_a_rate_of_their_own(params):
     move = np.abs(after["annotator_logit"] - before["annotator_logit"])
     np.testing.assert_allclose(move, [0.2, 0, 0.2], rtol=1e-3)
     head = np.abs(after["overall"]["kernel"] - before["overall"]["kernel"])
-    np.testing.assert_allclose(head, 0.01, rtol=1e-3)
+    np.testing.assert_allclose(head, 0.03, rtol=1e-3)
+    embedding = [each["transformer"]["wpe"]["weight"][0] for each in (before, after)]
+    np.testing.assert_allclose(np.abs(np.subtract(*embedding)), 0.01, rtol=1e-2)
+
+
+def test_heads_alone_learn_where_the_trunk_is_frozen(params):
+    config = replace(CONFIG, optimizer=replace(ADAMW, trainable="heads"))
+    state = reward.start(config, params, fast_key(0))
+    after, _ = jax.jit(reward.update, static_argnums=(0, 1))(
+        config, MODEL, fast_key(1), state, PAIRS
+    )
+    before, after = state.train.params, after.train.params
+    jax.tree.map(np.testing.assert_array_equal, before["transformer"], after["transformer"])
+    for head in ("overall", "by_criterion"):
+        assert np.abs(after[head]["kernel"] - before[head]["kernel"]).min() > 0
 
 
 @pytest.mark.slow

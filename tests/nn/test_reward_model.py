@@ -139,3 +139,23 @@ def test_gain_and_bias_get_no_gradient_from_raw_scores(params):
     assert (gradient["gain"], gradient["bias"]) == (0, 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert np.abs(gradient["overall"]["kernel"]).max() > 0.1
+
+
+def test_surprisal_of_the_response_is_read_beside_the_hidden_states():
+    model = MODEL.clone(pooling="mean", surprisal=True)
+    params = random_params(model)
+    response = np.arange(5) < np.array([5, 1, 3])[:, None]
+    mask = np.concatenate([np.ones((NUM_ROWS, LENGTH - 5), bool), response], axis=1)
+    hidden = np.asarray(run(LANGUAGE_MODEL, params, TOKENS, method="hidden_states"), np.float64)
+    logits = hidden @ np.asarray(params["transformer"]["wte"]["weight"]).T
+    log_pi = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    pooled = []
+    for row in range(NUM_ROWS):
+        at = LENGTH - 5 + np.flatnonzero(response[row])
+        surprisal = -log_pi[row, at - 1, TOKENS[row, at]]
+        three = (0.1 * surprisal.sum(), surprisal.mean(), surprisal.max())
+        pooled.append(np.concatenate([hidden[row, at].mean(0), three]))
+    overall, criteria = run(model, params, TOKENS, mask, response)
+    expected, by_criterion = naive_scores(params, np.stack(pooled))
+    np.testing.assert_allclose(overall, expected, atol=1e-4)
+    np.testing.assert_allclose(criteria, by_criterion, atol=1e-4)

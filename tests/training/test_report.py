@@ -232,3 +232,16 @@ def test_show_samples_wraps_each_text_under_its_label(capsys, terminal):
     words = " ".join(line for line in lines if line.startswith("  ")).split()
     assert words == " ".join((*texts, *texts[::-1])).split()
     assert {"  rest :smile:", "  [0.50] no drug"} <= set(lines)
+
+
+def test_show_methods_prints_a_line_a_method(capsys):
+    measures = {
+        "sft": {"gold_score": (0.5, 0.4, 0.6), "kl": (0.0, 0.0, 0.0)},
+        "ppo": {"gold_score": (0.75, 0.7, 0.8), "kl": (1.5, 1.25, 2.0)},
+    }
+    report.show_methods("Five cases", measures, report.RESEARCH_ONLY)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == ["Five", "cases"]
+    assert lines[1] == ["method", "gold", "score", "kl"]
+    assert lines[3] == "sft 0.500 (0.400 to 0.600) 0.000".split()
+    assert lines[4] == "ppo 0.750 (0.700 to 0.800) 1.500 (1.250 to 2.000)".split()
