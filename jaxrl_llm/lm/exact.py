@@ -194,7 +194,8 @@ def learners(
 
     The optimum of `mdp` is a fixed point of all but `grpo`: its KL, as published a k3 in the loss,
     is another divergence, its price is relative to scaled scores, and prefixes do not answer for
-    what follows, so it may end worse than it began. `grpo_kl_in_reward` pays log(pi / ref) of the response out of its score instead.
+    what follows, so it may end worse than it began. `grpo_kl_in_reward` pays log(pi / ref) of the
+    response out of its score instead.
 
     Args:
       config: of all of them.
