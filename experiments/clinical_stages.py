@@ -43,15 +43,18 @@ from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.training import experiment, frontier, plotting, report
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
 
+SMALLER = replace(base_model.SMALL, n_embd=128, n_head=4)
 IMITATION = sft.Config(
     num_steps=600, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
 )
 # The trunk stays that of the imitating policy: heads alone take a fifth of the time.
 HEADS = optimizer.Config(learning_rate=1e-3, weight_decay=0.01, trainable="heads")
-JUDGEMENT = reward.Config(num_steps=250, batch_size=16, head_rate=20, optimizer=HEADS)
+JUDGEMENT = reward.Config(
+    num_steps=360, batch_size=16, head_rate=20, centring_coefficient=1e-3, optimizer=HEADS
+)
 ROLLOUT = rollouts.Config(num_prompts=32, max_new_tokens=96)
 POLICY_STEPS = policy_step.Config(
-    num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=6e-4)
+    num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=3e-4)
 )
 ANNOTATOR = Annotator()
 VALUE_WIDTH = 256
@@ -65,13 +68,13 @@ class StagesConfig(experiment.TrainConfig):
     num_checkpoints: int = 2
     model: Path | None = None
     """Directory of a fine-tuned GPT-2 to align; by default a small one is trained from nothing."""
-    base: base_model.Config = base_model.SMALL
+    base: base_model.Config = SMALLER
     num_demonstrations: int = 12_000
     """SYNTHETIC responses to imitate."""
     share_flawed: float = 0.6
     """Of the demonstrations that have one flaw: what alignment is to find out, and to avoid."""
     sft: sft.Config = IMITATION
-    num_pairs: int = 4000
+    num_pairs: int = 5760
     """Comparisons by the annotator to learn the reward from."""
     num_held_out: int = 1000
     """Further comparisons, to test the reward model on."""
@@ -83,7 +86,7 @@ class StagesConfig(experiment.TrainConfig):
     """Whether it also reads how unlikely its trunk, a language model, finds the response."""
     num_prompts: int = 8000
     """SYNTHETIC cases that the policy is asked about while it learns."""
-    num_cases: int = 300
+    num_cases: int = 200
     """Unseen SYNTHETIC cases of the examination."""
 
     def validate(self) -> None:
@@ -279,12 +282,14 @@ def draw(
       calibration: of the reward model.
       title: of the pictures.
     """
-    bars = {mark: (before.marks[mark], after.marks[mark]) for mark in before.marks}
+    bars = {
+        mark.replace("_", " "): (before.marks[mark], after.marks[mark]) for mark in before.marks
+    }
     bins = calibration.confidence, calibration.accuracy
     figures = {
         "gold_and_proxy": frontier.gold_against_proxy(
             {name.upper(): gains(run, name, before)},
-            title=f"{title}: gains while it learns",
+            title="Gains on SYNTHETIC cases while it learns",
             ylabel="Gain (deviations of the imitator's scores)",
             footer=report.RESEARCH_ONLY,
         ),

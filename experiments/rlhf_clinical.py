@@ -19,7 +19,7 @@ from jaxrl_llm.lm import base_model, clinical_exam, ppo, reward_ensemble
 from jaxrl_llm.lm.scores import mean_difference, win_rate
 from jaxrl_llm.training import cli, experiment, report
 
-PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=40)
+PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=60)
 
 
 @dataclass(frozen=True, kw_only=True)
