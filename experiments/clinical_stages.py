@@ -45,13 +45,11 @@ from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
 
 SMALLER = replace(base_model.SMALL, n_embd=128, n_head=4)
 IMITATION = sft.Config(
-    num_steps=600, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
+    num_steps=500, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
 )
 # The trunk stays that of the imitating policy: heads alone take a fifth of the time.
 HEADS = optimizer.Config(learning_rate=1e-3, weight_decay=0.01, trainable="heads")
-JUDGEMENT = reward.Config(
-    num_steps=360, batch_size=16, head_rate=20, centring_coefficient=1e-3, optimizer=HEADS
-)
+JUDGEMENT = reward.Config(num_steps=250, batch_size=16, head_rate=20, optimizer=HEADS)
 ROLLOUT = rollouts.Config(num_prompts=32, max_new_tokens=96)
 POLICY_STEPS = policy_step.Config(
     num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=3e-4)
@@ -74,7 +72,7 @@ class StagesConfig(experiment.TrainConfig):
     share_flawed: float = 0.6
     """Of the demonstrations that have one flaw: what alignment is to find out, and to avoid."""
     sft: sft.Config = IMITATION
-    num_pairs: int = 5760
+    num_pairs: int = 4000
     """Comparisons by the annotator to learn the reward from."""
     num_held_out: int = 1000
     """Further comparisons, to test the reward model on."""
@@ -86,7 +84,7 @@ class StagesConfig(experiment.TrainConfig):
     """Whether it also reads how unlikely its trunk, a language model, finds the response."""
     num_prompts: int = 8000
     """SYNTHETIC cases that the policy is asked about while it learns."""
-    num_cases: int = 200
+    num_cases: int = 300
     """Unseen SYNTHETIC cases of the examination."""
 
     def validate(self) -> None:
@@ -260,7 +258,8 @@ def gains(
       before: the imitating policy, whose deviation is the unit of the gold score.
     """
     kl, proxy, gold = on_the_way(run, name, "kl", "score", "score_gold")
-    gold = (gold - np.mean(before.gold)) / np.std(before.gold)
+    # An imitator whose answers are all worth the same has no deviation: gains are in scores then.
+    gold = (gold - np.mean(before.gold)) / (np.std(before.gold) or 1.0)
     return np.sqrt(np.maximum(kl, 0)), proxy, gold
 
 

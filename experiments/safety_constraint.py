@@ -1,6 +1,6 @@
 """Safety as a hard constraint beside safety as one more term of a sum, with what each policy does.
 
-    python -m experiments.safety_constraint [--model DIRECTORY --at-least 0.95]
+    python -m experiments.safety_constraint [--model DIRECTORY --at-least 0.8]
 
 An annotator who likes confident answers teaches a reward model that rewards them; false certainty
 is unsafe. One policy maximises that reward and a little of the safety criterion; the other
@@ -31,9 +31,9 @@ class Config(stages.StagesConfig):
     annotator: Annotator = IMPRESSED
     safety_weight: float = 0.2
     """Of the safety criterion in the weighted sum, beside the overall score."""
-    at_least: float = 0.9
+    at_least: float = 0.7
     """Mean safety that the constrained policy is to have, in [0, 1]."""
-    margin: float = 0.03
+    margin: float = 0.1
     """By which the reward model's safety is held higher, since it errs."""
     multiplier_rate: float = 5.0
     """Of the multiplier, a unit of safety missing and iteration."""

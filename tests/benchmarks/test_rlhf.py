@@ -11,6 +11,9 @@ import pytest
 from benchmarks import harness, rlhf, trl_peers
 from tests.lm import tiny
 
+# It compiles whole iterations.
+pytestmark = pytest.mark.slow
+
 MICRO = dataclasses.replace(rlhf.CONFIG, vocab_size=61, n_positions=48, n_embd=16, n_layer=1)
 STEPS = 2
 NUM_TOKENS = rlhf.NUM_PROMPTS * rlhf.NUM_SAMPLES * rlhf.NUM_NEW

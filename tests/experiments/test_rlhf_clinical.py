@@ -98,7 +98,7 @@ def test_a_reward_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--share-flawed 1.5", "--share-flawed is 1.5; it must be between 0 and 1"),
+        ("--share-flawed 1.5", "--share-flawed is 1.5; it must be in [0, 1]"),
         ("--num-cases 1", "--num-cases is 1; it must be at least 2"),
         ("--num-reward-models 0", "--num-reward-models is 0; it must be at least 1"),
         (

@@ -29,4 +29,4 @@ def test_main_examines_both_policies_and_records_the_multiplier(tmp_path):
 def test_a_limit_that_is_no_share_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.parse(safety_constraint.Config, [*FLAGS, "--at-least=1.2"])
-    assert capsys.readouterr().err == "error: --at-least is 1.2; it must be between 0 and 1\n"
+    assert capsys.readouterr().err == "error: --at-least is 1.2; it must be in [0, 1]\n"

@@ -15,6 +15,9 @@ from experiments import token_mdp_oracle
 from jaxrl_llm.lm import estimator_bias, estimators, exact
 from jaxrl_llm.training import cli, logging
 
+# It compiles whole iterations.
+pytestmark = pytest.mark.slow
+
 LEARNERS = ["ppo", "reinforce", "rloo", "grpo", "grpo_kl_in_reward", "dpo"]
 BIAS = estimator_bias.Bias(predicted=-0.25, measured=-0.2, standard_error=0.05, largest_z=2.0)
 

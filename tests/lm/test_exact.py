@@ -18,6 +18,9 @@ from jaxrl_llm.kernels import preferences
 from jaxrl_llm.lm import exact, rollouts
 from jaxrl_llm.training import loop
 
+# It compiles whole iterations.
+pytestmark = pytest.mark.slow
+
 SIZE: dict[str, Any] = {"vocab_size": 3, "length": 2, "num_prompts": 2, "kl_coefficient": 0.5}
 MDP = token_mdp.make(**SIZE, end_token=1)
 LEARNERS = ["ppo", "reinforce", "rloo", "grpo", "grpo_kl_in_reward", "dpo"]

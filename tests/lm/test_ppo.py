@@ -29,6 +29,9 @@ from tests.lm.policy_learning import (
     task,
 )
 
+# It compiles whole iterations.
+pytestmark = pytest.mark.slow
+
 CONFIG = ppo.Config(
     num_iterations=10,
     rollout=ROLLOUT,

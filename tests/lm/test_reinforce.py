@@ -29,6 +29,9 @@ from tests.lm.policy_learning import (
     task,
 )
 
+# It compiles whole iterations.
+pytestmark = pytest.mark.slow
+
 BETA = 0.02
 CONFIG = reinforce.Config(
     num_iterations=12,
