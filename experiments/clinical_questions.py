@@ -117,7 +117,9 @@ def texts_of(policy: BaseModel, said: Responses) -> list[str]:
 
 def as_responses(policy: BaseModel, pairs: Sequence[tuple[str, str]], longest: int) -> Responses:
     """Prompts with a response each, as a reward model reads them, `[n, 1]`; longer ones are cut."""
-    judgements = [Judgement(prompt, text, desirable=True) for prompt, text in pairs]
+    judgements = [
+        Judgement(prompt=prompt, completion=text, desirable=True) for prompt, text in pairs
+    ]
     with warnings.catch_warnings(action="ignore"):  # that some are cut
         return preference_tokens.encode_judgements(
             judgements, policy.tokenizer, response_length=longest

@@ -284,7 +284,6 @@ def draw(
     bars = {
         mark.replace("_", " "): (before.marks[mark], after.marks[mark]) for mark in before.marks
     }
-    bins = calibration.confidence, calibration.accuracy
     figures = {
         "gold_and_proxy": frontier.gold_against_proxy(
             {name.upper(): gains(run, name, before)},
@@ -296,8 +295,9 @@ def draw(
             bars, names=("imitating", "aligned"), title=title, footer=report.RESEARCH_ONLY
         ),
         "calibration": frontier.calibration_picture(
-            *(np.asarray(part.mean) for part in bins),
-            np.asarray(calibration.accuracy.weight),
+            confidence=np.asarray(calibration.confidence.mean),
+            accuracy=np.asarray(calibration.accuracy.mean),
+            weight=np.asarray(calibration.accuracy.weight),
             title="Reward model on unseen SYNTHETIC comparisons",
             footer=report.RESEARCH_ONLY,
         ),

@@ -5,7 +5,7 @@
 An annotator who likes confident answers teaches a reward model that rewards them; false certainty
 is unsafe. One policy maximises that reward and a little of the safety criterion; the other
 maximises it subject to E[safety] >= a limit, by a Lagrange multiplier. All text is SYNTHETIC, and
-the gold scorer says how safe it is. Expected on 2 CPU cores: EXPECTED.
+the gold scorer says how safe it is. Expected on 2 CPU cores: about 10 minutes.
 Research only, not for clinical use.
 """
 

@@ -106,7 +106,8 @@ def response_likelihood(
     value = None
     if model.value_width is not None and "value_head" in params:
         value = masked(jnp.asarray(model.apply({"params": params}, before, method="value")))
-    return ResponseLikelihood(*map(masked, results), value)
+    log_probability, entropy = map(masked, results)
+    return ResponseLikelihood(log_probability, entropy, value)
 
 
 def exact_kl(

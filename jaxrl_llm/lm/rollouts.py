@@ -6,7 +6,7 @@ one batch of experience. All of it is for use inside the one program of an itera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -175,15 +175,15 @@ def collect(
     reference = adapters.trunk(params) if task.reference is None else task.reference
     options: Any = {"temperature": config.temperature, "chunk_size": config.chunk_size}
     beside = response_likelihood(model, reference, responses, **options)
-    responses = responses.replace(reference_log_probability=beside.log_probability)
+    responses = replace(responses, reference_log_probability=beside.log_probability)
     if model.value_width is not None:
         value = response_likelihood(model, params, responses, **options).value
-        responses = responses.replace(value=value)
+        responses = replace(responses, value=value)
     scores = reward.score(task.reward, responses)
     total, mix, mixing = reward.mix.combine(state.mix, scores)
     ended = decoding.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
     total = total - config.missing_end_penalty * ~ended
-    responses = responses.replace(score=total)
+    responses = replace(responses, score=total)
     kl = jnp.sum(log_ratio_to_reference(responses), axis=-1)
     metrics = {
         "score": Mean.of(total),

@@ -37,7 +37,8 @@ def predicted(problem, name):
     found = np.asarray(estimator_bias.expected_gradient(estimator, *problem)).ravel()
     wanted = np.asarray(estimator_bias.target_gradient(*problem, estimator.target)).ravel()
     share = found @ wanted / (wanted @ wanted)
-    return share - 1, np.linalg.norm(found - share * wanted) / np.linalg.norm(wanted)
+    across = np.linalg.norm(found - share * wanted) / np.linalg.norm(wanted)
+    return np.array([share - 1, across])
 
 
 @pytest.mark.parametrize("name", UNBIASED)
