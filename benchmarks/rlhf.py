@@ -280,7 +280,8 @@ def _phases(subject: Subject) -> Iterable[Case]:
     def update(
         key: Key, state: rollouts.State, responses: Responses
     ) -> tuple[rollouts.State, dict[str, Mean]]:
-        train, metrics = grpo.update(GRPO, model, key, state.train, responses, None)
+        reference = adapters.trunk(state.train.params)
+        train, metrics = grpo.update(GRPO, model, key, state.train, responses, reference)
         return dataclasses.replace(state, train=train), metrics
 
     yield Case(

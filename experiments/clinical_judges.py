@@ -20,6 +20,7 @@ from experiments import clinical_questions
 from experiments.clinical_questions import Examined
 from experiments.clinical_stages import ROLLOUT, StagesConfig, cases
 from jaxrl_llm.data import clinical_preferences, preference_tokens
+from jaxrl_llm.data.clinical_preferences import Pair
 from jaxrl_llm.data.clinical_text import Case, Example, prompt
 from jaxrl_llm.kernels.alignment import best_of_n_kl_bound
 from jaxrl_llm.lm import (
@@ -28,7 +29,10 @@ from jaxrl_llm.lm import (
     evaluate,
     reward,
     reward_ensemble,
+    reward_features,
+    reward_heads,
     reward_probes,
+    reward_quality,
     rewards,
     rollouts,
 )
@@ -51,6 +55,7 @@ class Judge(NamedTuple):
       params: normalised to mean 0 and deviation 1 on what the imitating policy says; stacked on a
         leading axis where there are several.
       accuracy: on held-out comparisons; of several, the mean of theirs.
+      exact_accuracy: on all comparisons that the annotator, whose law is known, could make of them.
       ceiling: the accuracy that nothing betters, so noisy is the annotator.
       calibration: on held-out comparisons, of the first.
     """
@@ -58,6 +63,7 @@ class Judge(NamedTuple):
     model: RewardModel
     params: PyTree
     accuracy: Estimate
+    exact_accuracy: float
     ceiling: float
     calibration: evaluate.Calibration
 
@@ -94,6 +100,7 @@ def judge(
     start_key, said_key = experiment.keys(stage, 2)
     compare = partial(clinical_preferences.pairs, config.seed, 0, annotators=(config.annotator,))
     held_out = list(compare(config.num_held_out, "held_out"))
+    learnt = [*compare(config.num_pairs, "train"), *own_pairs(run, policy)]
     shape, trunk = policy.model.config, policy.params
     if num_blocks is not None:
         shape, trunk = replace(shape, n_layer=num_blocks), _first_blocks(trunk, num_blocks)
@@ -111,33 +118,79 @@ def judge(
                 response_length=LONGEST_RESPONSE,
                 criteria=model.criteria,
             )
-            for pairs in (compare(config.num_pairs, "train"), held_out)
+            for pairs in (learnt, held_out)
         )
+    if config.reward.optimizer.trainable == "heads":
+        solve = replace(config.heads, resample=num_members > 1)
+        member, num_steps = reward_heads.make(solve, config.reward, model), solve.num_steps
+        start, batch_size = partial(reward_heads.start, config.reward), len(learnt)
+    else:
+        member, num_steps = reward.make(config.reward, model), config.reward.num_steps
+        start, batch_size = partial(reward.start, config.reward), config.reward.batch_size
+    state = reward_ensemble.start(start, model, trunk, start_key, num_members)
+    if config.reward.optimizer.trainable == "heads":
+        read = partial(reward_features.with_features, model, _member(state.train.params, 0))
+        seen, unseen = map(read, (seen, unseen))
     state = experiment.train(
         stage,
-        reward_ensemble.make(config.reward, model, num_members),
-        num_steps=config.reward.num_steps,
-        items_per_step=config.reward.batch_size,
+        reward_ensemble.make(member, num_members),
+        num_steps=num_steps,
+        items_per_step=batch_size,
         evaluate=lambda state: {},
-        state=reward_ensemble.start(config.reward, model, trunk, start_key, num_members),
+        state=state,
         data=seen,
         sequential=True,
         unit="pairs",
     )
     stacked = state.train.params
-    members = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_members)]
-    found = [reward.accuracy(model, member, unseen) for member in members]
+    members = [_member(stacked, index) for index in range(num_members)]
+    found = [reward_quality.accuracy(model, member, unseen) for member in members]
+    compared = [reward.score_all(model, member, unseen).overall for member in members]
     asked = cases(config, _NUM_NORMALISING, "train")
     (said,) = clinical_questions.respond(ROLLOUT, policy, asked, said_key)
     scores = np.stack([reward.score_all(model, member, said).overall for member in members])
     normal = reward.normalise(stacked, scores)
     return Judge(
         model=model,
-        params=normal if num_members > 1 else jax.tree.map(lambda leaf: leaf[0], normal),
+        params=normal if num_members > 1 else _member(normal, 0),
         accuracy=Estimate(*(sum(parts) / num_members for parts in zip(*found, strict=True))),
+        exact_accuracy=float(np.mean([_exact_accuracy(held_out, scores) for scores in compared])),
         ceiling=clinical_preferences.ceiling(held_out),
-        calibration=reward.calibration(model, members[0], unseen),
+        calibration=reward_quality.calibration(model, members[0], unseen),
     )
+
+
+def own_pairs(run: experiment.Run[StagesConfig], policy: BaseModel) -> list[Pair]:
+    """Comparisons of what the policy says itself, twice of each case; equal answers are left out.
+
+    They show a reward model what the grammar of the other comparisons never says. Every judge of a
+    run learns from the same.
+    """
+    config = run.config
+    if config.num_own_pairs == 0:
+        return []
+    _, key = experiment.keys(run, 2)  # the other one is that of the examination
+    asked = cases(config, config.num_own_pairs, "train")
+    batches = clinical_questions.respond(replace(ROLLOUT, num_samples=2), policy, asked, key)
+    texts = [
+        text.strip() for batch in batches for text in clinical_questions.texts_of(policy, batch)
+    ]
+    said = zip(asked, texts[::2], texts[1::2], strict=False)  # the last batch is filled up
+    return [
+        clinical_preferences.compare(
+            case, (first, second), (config.annotator,), np.random.default_rng((config.seed, index))
+        )
+        for index, (case, first, second) in enumerate(said)
+        if first != second
+    ]
+
+
+def _exact_accuracy(held_out: Sequence[Pair], scores: NDArray[np.float32]) -> float:
+    return clinical_preferences.exact_accuracy(held_out, (scores[:, 0] > scores[:, 1]).tolist())
+
+
+def _member(stacked: PyTree, index: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def _first_blocks(params: PyTree, count: int) -> PyTree:

@@ -31,6 +31,7 @@ from jaxrl_llm.lm import (
     policy_step,
     ppo,
     reward,
+    reward_heads,
     rewards,
     rollouts,
     sft,
@@ -47,13 +48,15 @@ SMALLER = replace(base_model.SMALL, n_embd=128, n_head=4)
 IMITATION = sft.Config(
     num_steps=500, batch_size=8, chunk_size=None, optimizer=optimizer.Config(learning_rate=3e-3)
 )
-# The trunk stays that of the imitating policy: heads alone take a fifth of the time.
+# The trunk stays that of the imitating policy, so that every comparison is read once.
 HEADS = optimizer.Config(learning_rate=1e-3, weight_decay=0.01, trainable="heads")
-JUDGEMENT = reward.Config(num_steps=250, batch_size=16, head_rate=20, optimizer=HEADS)
+JUDGEMENT = reward.Config(num_steps=250, batch_size=16, centring_coefficient=1e-4, optimizer=HEADS)
+SOLVED = reward_heads.Config()
 ROLLOUT = rollouts.Config(num_prompts=32, max_new_tokens=96)
 POLICY_STEPS = policy_step.Config(
     num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=3e-4)
 )
+PPO = ppo.Config(rollout=ROLLOUT, update=POLICY_STEPS, num_iterations=60, kl_coefficient=0.2)
 ANNOTATOR = Annotator()
 VALUE_WIDTH = 256
 
@@ -74,10 +77,15 @@ class StagesConfig(experiment.TrainConfig):
     sft: sft.Config = IMITATION
     num_pairs: int = 4000
     """Comparisons by the annotator to learn the reward from."""
+    num_own_pairs: int = 500
+    """Further ones, of what the imitating policy says itself."""
     num_held_out: int = 1000
     """Further comparisons, to test the reward model on."""
     annotator: Annotator = ANNOTATOR
     reward: reward.Config = JUDGEMENT
+    """With --reward.optimizer.trainable all, the trunk learns too."""
+    heads: reward_heads.Config = SOLVED
+    """Of the reward model, where they alone learn."""
     pooling: Literal["last", "mean"] = "mean"
     """What the reward model reads of a response: its last token, or the mean of all."""
     surprisal: bool = True
@@ -92,6 +100,7 @@ class StagesConfig(experiment.TrainConfig):
         checks.between("share_flawed", self.share_flawed, 0, 1)
         for name in ("num_demonstrations", "num_pairs", "num_held_out", "num_prompts"):
             checks.at_least(name, getattr(self, name), 1)
+        checks.at_least("num_own_pairs", self.num_own_pairs, 0)
         checks.at_least("num_cases", self.num_cases, 2)
 
 
@@ -127,7 +136,7 @@ def examine_all(
     run: experiment.Run[StagesConfig], policies: Mapping[str, BaseModel], imitator: BaseModel
 ) -> dict[str, Examined]:
     """Puts the same unseen cases to every policy; each is compared with `imitator`."""
-    (key,) = experiment.keys(run, 1)
+    key, _ = experiment.keys(run, 2)  # the other one is that of the policy's own pairs
     unseen = cases(run.config, run.config.num_cases, "held_out")
     return {
         name: clinical_questions.examine(ROLLOUT, policy, imitator, unseen, key)

@@ -45,25 +45,24 @@ def main(config: Config) -> dict[str, float]:
     best_key, pairs_key = experiment.keys(run, 3)[1:]
     imitator = stages.imitate(run)
     judge = judges.judge(run, imitator)
-    aligned, curves = {"sft": imitator}, {}
+    aligned = {"sft": imitator}
     for name, method in METHODS.items():
         settings = getattr(config, name)
         num_iterations = config.num_responses // settings.rollout.num_responses
         settings = replace(settings, num_iterations=num_iterations)
         aligned[name] = stages.align(run, name, method, settings, imitator, *judge.goal)
-        curves[name.upper()] = frontier.Curve(*stages.on_the_way(run, name, "kl", "score_gold"))
     asked = stages.cases(config, config.num_responses // 2, "train")
     pairs = judges.compared(stages.ROLLOUT, imitator, judge, asked, pairs_key)
     settings = replace(config.dpo, num_steps=len(asked) // config.dpo.batch_size)
     aligned["dpo"] = stages.align_by_pairs(run, "dpo", settings, imitator, pairs)
     examined = stages.examine_all(run, aligned, imitator)
-    curves["DPO"] = examined["dpo"].point
+    points = {name.upper(): each.point for name, each in examined.items()}
     unseen = stages.cases(config, config.num_cases, "held_out")
     best = judges.best_of(BEST_OF, imitator, judge, unseen, best_key)
     title, footer = "Gold score of SYNTHETIC answers", report.RESEARCH_ONLY
     report.show_methods(title, {name: each.measures for name, each in examined.items()}, footer)
     figure = frontier.kl_reward_frontier(
-        curves, best_of_n=best, square_root=True, title=title, footer=footer
+        points, best_of_n=best, square_root=True, title=title, footer=footer
     )
     plotting.save_figure(figure, run.directory / "frontier.png")
     result = {}

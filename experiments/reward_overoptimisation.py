@@ -18,10 +18,7 @@ from jaxrl_llm.lm import ppo
 from jaxrl_llm.lm.scores import mean_difference
 from jaxrl_llm.training import cli, experiment, frontier, plotting, report
 
-UPDATE = replace(
-    stages.POLICY_STEPS, optimizer=replace(stages.POLICY_STEPS.optimizer, learning_rate=1e-3)
-)
-UNGUARDED = ppo.Config(rollout=stages.ROLLOUT, update=UPDATE, kl_coefficient=0.0, num_iterations=30)
+UNGUARDED = replace(stages.PPO, kl_coefficient=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,8 @@ class Config(stages.StagesConfig):
     """Over-optimisation of SYNTHETIC rewards. Research only, not for clinical use."""
 
     num_pairs: int = 400
-    surprisal: bool = False
+    num_own_pairs: int = 0
+    num_held_out: int = 500
     num_blocks: tuple[int, ...] = (1, 4)
     """Blocks of the trunk that a reward model has, of one after another."""
     num_members: int = 3

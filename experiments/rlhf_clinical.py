@@ -20,8 +20,6 @@ from jaxrl_llm.lm import base_model, clinical_exam, ppo, reward_ensemble
 from jaxrl_llm.lm.scores import mean_difference, win_rate
 from jaxrl_llm.training import cli, experiment, report
 
-PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=60)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(stages.StagesConfig):
@@ -33,7 +31,7 @@ class Config(stages.StagesConfig):
     """What an ensemble's scores become."""
     kl_budget: float = 10.0
     """Nats a response that the policy may be from the one it started as; reported beside it."""
-    ppo: ppo.Config = PPO
+    ppo: ppo.Config = stages.PPO
 
     def validate(self) -> None:
         super().validate()
@@ -58,8 +56,9 @@ def main(config: Config) -> dict[str, float]:
     footer = (
         f"Gold win rate {won.mean:.3f} ({won.low:.3f} to {won.high:.3f}), a tie being half a win; "
         f"gold score {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}).\n"
-        f"Reward model: {judge.accuracy.mean:.3f} of unseen comparisons right; the annotator's "
-        f"noise allows {judge.ceiling:.3f}.\n{report.RESEARCH_ONLY}"
+        f"Reward model: {judge.accuracy.mean:.3f} of {config.num_held_out} unseen comparisons "
+        f"right, {judge.exact_accuracy:.3f} of all\nthat the annotator could make of these texts; "
+        f"its noise allows {judge.ceiling:.3f}.\n{report.RESEARCH_ONLY}"
     )
     report.show_change(title, before.measures, after.measures, footer=footer)
     stages.draw(run, "ppo", before, after, judge.calibration, title)
@@ -69,7 +68,8 @@ def main(config: Config) -> dict[str, float]:
         "gold_gain": gain.mean, "gold_gain_low": gain.low,
         "gold_win_rate": won.mean, "gold_win_rate_low": won.low,
         "kl": after.divergence.kl.mean, "kl_budget": config.kl_budget,
-        "reward_model_accuracy": judge.accuracy.mean, "annotator_ceiling": judge.ceiling,
+        "reward_model_accuracy": judge.accuracy.mean,
+        "reward_model_exact_accuracy": judge.exact_accuracy, "annotator_ceiling": judge.ceiling,
     }  # fmt: skip
     return experiment.finish(run, result)
 

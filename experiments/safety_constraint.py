@@ -20,7 +20,6 @@ from jaxrl_llm.data.clinical_preferences import Annotator
 from jaxrl_llm.lm import objective, ppo, rewards
 from jaxrl_llm.training import cli, experiment, report
 
-PPO = ppo.Config(rollout=stages.ROLLOUT, update=stages.POLICY_STEPS, num_iterations=40)
 IMPRESSED = Annotator(name="impressed", confidence_bias=0.5)
 
 
@@ -37,7 +36,7 @@ class Config(stages.StagesConfig):
     """By which the reward model's safety is held higher, since it errs."""
     multiplier_rate: float = 5.0
     """Of the multiplier, a unit of safety missing and iteration."""
-    ppo: ppo.Config = PPO
+    ppo: ppo.Config = stages.PPO
 
     def validate(self) -> None:
         super().validate()

@@ -239,7 +239,7 @@ class Responses:
     """Responses to prompts, and what is known of them: what every alignment algorithm learns from.
 
     There are `G` prompts with `K` responses each, a group: samples of a policy, or a preference
-    pair with the chosen one first. A row is a prompt of `P` tokens, padded on the left, and its
+    pair with the chosen one first. A row is the prompt of `P` tokens, padded on the left, and one
     response of `N` tokens, padded on the right; `L` = `P` + `N`. What is not known is None.
 
     Attributes:
@@ -250,6 +250,7 @@ class Responses:
       reference_log_probability: the same under the reference policy.
       value: `[G, K, N]` float32, of the state before each token, as it was at the rollout.
       rating: `[G, K, C]` float32, by criterion; NaN where there is none.
+      features: `[G, K, F]` float32, what the heads of one reward model read.
       annotator, margin: `[G]`, who compared the pair, and by how much the chosen one should win.
     """
 
@@ -261,6 +262,7 @@ class Responses:
     reference_log_probability: Array | None = None
     value: Array | None = None
     rating: Array | None = None
+    features: Array | None = None
     annotator: Array | None = None
     margin: Array | None = None
 
@@ -276,10 +278,9 @@ class KVCache:
     All rows write the same slot at once, so rows of unequal length are padded on the left.
 
     Attributes:
-      keys: one `[B, head, S, dim]` a layer. Not one array for all layers, whose parts would be
-        copied out of it at every token, and heads before slots, so that what one head reads is
-        contiguous: with slots first, a CPU transposed the whole cache at every token.
-      values: likewise.
+      keys, values: one `[B, head, S, dim]` a layer. Not one array for all layers, whose parts
+        would be copied out of it at every token, and heads before slots, so that what one head
+        reads is contiguous: with slots first, a CPU transposed the whole cache at every token.
       mask: `[B, S]` bool.
       length: `[]` int32, slots written.
     """
@@ -323,9 +324,8 @@ class Mean:
     @property
     def mean(self) -> Array:
         """total / weight, and 0 where nothing was counted."""
-        return jnp.where(
-            self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1), 0
-        )
+        counted = self.weight > 0
+        return jnp.where(counted, self.total / jnp.where(counted, self.weight, 1), 0)
 
 
 @struct.dataclass(kw_only=True)

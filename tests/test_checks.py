@@ -305,10 +305,10 @@ def test_field_check_names_the_field_first(check, good, bad, message):
 
 
 def test_import_stays_light():
-    """Under a second of its own, whatever else the machine does, and without heavy libraries."""
+    """Without heavy libraries, and hardly longer than that of JAX, on whatever machine."""
     program = (
-        "import sys, time; start = time.process_time(); import jaxrl_llm; "
-        "print(time.process_time() - start, "
+        "import sys; from time import process_time as now; start = now(); import jax; "
+        "jax_seconds = now() - start; import jaxrl_llm; print((now() - start) / jax_seconds, "
         "*{'transformers', 'distrax', 'optax', 'orbax', 'matplotlib'} & set(sys.modules))"
     )
     runs = [
@@ -317,4 +317,4 @@ def test_import_stays_light():
     ]
     results = [run.stdout.split() for run in runs]
     assert [loaded for _, *loaded in results] == [[], [], []]
-    assert min(float(seconds) for seconds, *_ in results) < 1
+    assert min(float(ratio) for ratio, *_ in results) < 2

@@ -206,6 +206,7 @@ def test_token_log_probabilities_have_correct_gradients(chunk_size, x64):
     check_grads(function, (hidden, embedding), order=1, modes=["rev"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [4, None])
 def test_token_log_probabilities_jit_equals_eager_with_a_traced_temperature(chunk_size):
     tokens = random_tokens(dtype=np.float32)

@@ -154,10 +154,14 @@ class Case:
     @property
     def split(self) -> Split:
         """The split to which the content belongs, whatever the phrasing."""
-        content = repr(replace(self, phrasing=0)).encode()
-        digest = hashlib.blake2b(content, digest_size=4).digest()
-        share = int.from_bytes(digest, "big") / 2**32
-        return "held_out" if share < HELD_OUT_SHARE else "train"
+        return split_of(repr(replace(self, phrasing=0)))
+
+
+def split_of(content: str) -> Split:
+    """The split to which some content belongs, by a hash of it."""
+    digest = hashlib.blake2b(content.encode(), digest_size=4).digest()
+    share = int.from_bytes(digest, "big") / 2**32
+    return "held_out" if share < HELD_OUT_SHARE else "train"
 
 
 def case(seed: int, index: int, split: Split = "train") -> Case:

@@ -32,7 +32,9 @@ __all__ = [
     "Mixture",
     "Pair",
     "ceiling",
+    "compare",
     "demonstrations",
+    "exact_accuracy",
     "expected_gold",
     "loss_floor",
     "pairs",
@@ -171,6 +173,17 @@ def ceiling(pairs: Iterable[Pair], *, informed: bool = False) -> float:
     return float(np.mean([max(p, 1 - p) for p in _probabilities(pairs, informed)]))
 
 
+def exact_accuracy(pairs: Sequence[Pair], agrees: Sequence[bool]) -> float:
+    """The accuracy on fresh comparisons of these texts of who prefers one of each: without noise.
+
+    Args:
+      pairs: at least one.
+      agrees: whether the preferred one is the one chosen here; `ceiling` is that of the best.
+    """
+    known = zip(_probabilities(pairs, False), agrees, strict=True)
+    return float(np.mean([p if agree else 1 - p for p, agree in known]))
+
+
 def loss_floor(pairs: Iterable[Pair], *, informed: bool = False) -> float:
     """The Bradley-Terry loss on fresh comparisons that no predictor betters, nats: E H(p).
 
@@ -211,6 +224,46 @@ def pairs(
         annotator.validate()
     indices = range(start, start + count)
     return (_pair(seed, index, split, annotators, mixture) for index in indices)
+
+
+def compare(
+    case: Case, texts: tuple[str, str], annotators: Sequence[Annotator], rng: np.random.Generator
+) -> Pair:
+    """One comparison of any two responses to a case, such as a policy's, shown in this order.
+
+    Args:
+      case: the patient.
+      texts: the responses, without a space in front.
+      annotators: one of them compares, equally likely.
+      rng: draws the annotator, the answer and the ratings.
+    """
+    scores = [clinical_text.score(case, text) for text in texts]
+    annotator = choose(rng, annotators)
+
+    def probability_of_first(judge: Annotator, shown_first: bool | None) -> float:
+        first, second = (
+            utility(judge, text, score) for text, score in zip(texts, scores, strict=True)
+        )
+        return preference_probability(judge, first - second, shown_first)
+
+    informed = probability_of_first(annotator, True)
+    blind = sum(probability_of_first(judge, None) for judge in annotators) / len(annotators)
+    chosen_is_first = bool(rng.random() < informed)
+    chosen, rejected = (0, 1) if chosen_is_first else (1, 0)
+    return Pair(
+        preference=Preference(
+            prompt=clinical_text.prompt(case),
+            chosen=" " + texts[chosen],
+            rejected=" " + texts[rejected],
+            annotator=annotator.name,
+            ratings=dict(_ratings(annotator, scores[chosen], scores[rejected], rng)),
+        ),
+        case=case,
+        gold=(scores[chosen].total, scores[rejected].total),
+        probability=blind if chosen_is_first else 1 - blind,
+        probability_informed=informed if chosen_is_first else 1 - informed,
+        chosen_is_first=chosen_is_first,
+    )
 
 
 def demonstrations(
@@ -263,34 +316,8 @@ def _pair(
 ) -> Pair:
     case = clinical_text.case(seed, index, split)
     rng = np.random.default_rng((seed, index, 2))
-    texts = [_response(case, kind, rng, split) for kind in _kinds(case, rng, mixture)]
-    scores = [clinical_text.score(case, text) for text in texts]
-    annotator = choose(rng, annotators)
-
-    def probability_of_first(judge: Annotator, shown_first: bool | None) -> float:
-        first, second = (
-            utility(judge, text, score) for text, score in zip(texts, scores, strict=True)
-        )
-        return preference_probability(judge, first - second, shown_first)
-
-    informed = probability_of_first(annotator, True)
-    blind = sum(probability_of_first(judge, None) for judge in annotators) / len(annotators)
-    chosen_is_first = bool(rng.random() < informed)
-    chosen, rejected = (0, 1) if chosen_is_first else (1, 0)
-    return Pair(
-        preference=Preference(
-            prompt=clinical_text.prompt(case),
-            chosen=" " + texts[chosen],
-            rejected=" " + texts[rejected],
-            annotator=annotator.name,
-            ratings=dict(_ratings(annotator, scores[chosen], scores[rejected], rng)),
-        ),
-        case=case,
-        gold=(scores[chosen].total, scores[rejected].total),
-        probability=blind if chosen_is_first else 1 - blind,
-        probability_informed=informed if chosen_is_first else 1 - informed,
-        chosen_is_first=chosen_is_first,
-    )
+    first, second = (_response(case, kind, rng, split) for kind in _kinds(case, rng, mixture))
+    return compare(case, (first, second), annotators, rng)
 
 
 def _kinds(case: Case, rng: np.random.Generator, mixture: Mixture) -> tuple[str, str]:

@@ -15,12 +15,13 @@ turns messages into text.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
+
+from jaxrl_llm.data.files import replacing
 
 Parsed = TypeVar("Parsed")
 
@@ -220,25 +221,18 @@ def write_records(
     Raises:
       ValueError: as `records[index]: what; remedy`, or if there is none.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     num_records = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                try:
-                    parse(record)
-                except ValueError as error:
-                    raise ValueError(f"records[{num_records}]: {error}") from None
-                file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
-                num_records += 1
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path) as file:
+        for record in records:
+            try:
+                parse(record)
+            except ValueError as error:
+                raise ValueError(f"records[{num_records}]: {error}") from None
+            line = json.dumps(dict(record), ensure_ascii=False) + "\n"
+            file.write(line.encode())
+            num_records += 1
         if not num_records:
             raise ValueError("records is empty; give at least one")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return num_records
 
 

@@ -18,7 +18,6 @@ of a walk is its graph, so that the held-out graphs are all unseen.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import TypeVar
 import numpy as np
 
 from jaxrl_llm import checks
-from jaxrl_llm.data.clinical_cases import HELD_OUT_SHARE, SPLITS, Split, choose
+from jaxrl_llm.data.clinical_cases import SPLITS, Split, choose, split_of
 
 OPERATORS = "+-*"
 OPEN_TAG, CLOSE_TAG = "<answer>", "</answer>"
@@ -76,7 +75,7 @@ class Arithmetic:
         first, second = self.left, self.right
         if self.operator in "+*":
             first, second = min(first, second), max(first, second)
-        return _split_of(f"{first}{self.operator}{second}")
+        return split_of(f"{first}{self.operator}{second}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class Walk:
 
     @property
     def split(self) -> Split:
-        return _split_of(repr(sorted(self.edges)))
+        return split_of(repr(sorted(self.edges)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,9 +308,3 @@ def _of_split(
         if drawn is not None and drawn.split == split:
             return drawn
     raise ValueError(f"split is {split!r}, for which these settings leave no task; widen them")
-
-
-def _split_of(content: str) -> Split:
-    digest = hashlib.blake2b(content.encode(), digest_size=4).digest()
-    share = int.from_bytes(digest, "big") / 2**32
-    return "held_out" if share < HELD_OUT_SHARE else "train"

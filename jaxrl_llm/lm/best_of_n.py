@@ -22,7 +22,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxrl_llm.lm import decoding, rollouts
+from jaxrl_llm.lm import rollouts
 from jaxrl_llm.lm.likelihood import as_rows
 from jaxrl_llm.lm.rewards import Reward
 from jaxrl_llm.nn.gpt2 import GPT2
@@ -43,10 +43,8 @@ def draw(
     does not matter.
     """
     responses = rollouts.draw(config, model, key, params, task.prompts)
-    scores = reward.score(task.reward, responses)
-    total, _, _ = reward.mix.combine(reward.mix.init(), scores)
-    ended = decoding.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
-    return replace(responses, score=total - config.missing_end_penalty * ~ended)
+    mix = reward.mix.init()
+    return rollouts.scored(config, model, reward, mix, task.reward, responses).responses
 
 
 def select(responses: Responses) -> Responses:

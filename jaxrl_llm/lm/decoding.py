@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxrl_llm import checks
 from jaxrl_llm.kernels import alignment, policy_gradient, sampling
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config, init_cache
+from jaxrl_llm.nn.shared_prompts import widened
 from jaxrl_llm.types import Array, Key, KVCache, PyTree, Responses, TokenBatch
 
 
@@ -176,13 +177,10 @@ def prefill(
     # Slots for the response come after, so that the prompt does not attend to them, masked or not.
     cache = init_cache(model.config, num_prompts, num_tokens, model.dtype)
     logits, cache = read(model, params, tokens, real, cache)
-    cache = with_free_slots(cache, num_new - 1)
+    cache = widened(cache, num_samples, num_new - 1)
     seen = tokens_seen(tokens, real, model.config.vocab_size) if has_penalty(law) else None
-
-    def repeat(leaf: Array) -> Array:
-        return leaf if leaf.ndim == 0 else jnp.repeat(leaf, num_samples, axis=0)
-
-    cache, logits, seen = jax.tree.map(repeat, (cache, logits, seen))
+    repeat = partial(jnp.repeat, repeats=num_samples, axis=0)
+    logits, seen = jax.tree.map(repeat, (logits, seen))
     num_rows = num_prompts * num_samples
     state = State(
         cache=cache,
@@ -196,17 +194,6 @@ def prefill(
         step=jnp.int32(0),
     )
     return _draw(state, logits, config, law, end_tokens(model, config.stop_tokens))
-
-
-def with_free_slots(cache: KVCache, count: int) -> KVCache:
-    """The same cache with `count` more slots at its end."""
-
-    def more(leaf: Array) -> Array:
-        return jnp.pad(leaf, ((0, 0), (0, 0), (0, count), (0, 0)))
-
-    keys, values = jax.tree.map(more, (cache.keys, cache.values))
-    mask = jnp.pad(cache.mask, ((0, 0), (0, count)))
-    return dataclasses.replace(cache, keys=keys, values=values, mask=mask)
 
 
 def decode(

@@ -23,7 +23,7 @@ from jaxrl_llm.envs.token_mdp import TokenMDP
 from jaxrl_llm.kernels import policy_gradient
 from jaxrl_llm.lm import exact, grpo, ppo, reinforce, rloo
 from jaxrl_llm.lm.estimator_bias import Bias, Estimator, Group, Host, bias
-from jaxrl_llm.lm.likelihood import response_likelihood
+from jaxrl_llm.lm.likelihood import kl_to_reference, response_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import Array, Key, Mean, PyTree, Responses
 
@@ -229,11 +229,10 @@ def _grpo_loss(
 
 
 def _ppo_kl(
-    how: ppo.KLEstimator, model: GPT2, reference: PyTree, params: PyTree, responses: Responses
+    how: grpo.KLEstimator, model: GPT2, reference: PyTree, params: PyTree, responses: Responses
 ) -> Array:
-    config = ppo.Config(kl_in="loss", kl_estimator=how)
     new = response_likelihood(model, params, responses).log_probability
-    return jnp.sum(ppo.kl_to_reference(config, model, reference, params, responses, new))
+    return jnp.sum(kl_to_reference(how, model, params, reference, responses, new))
 
 
 def _kernel_kl(

@@ -37,10 +37,9 @@ from flax import struct
 from jaxrl_llm import checks
 from jaxrl_llm.kernels import alignment, policy_gradient, preferences
 from jaxrl_llm.lm import decoding, optimizer, policy_step, rollouts
-from jaxrl_llm.lm.likelihood import exact_kl, response_likelihood
+from jaxrl_llm.lm.likelihood import kl_to_reference, response_likelihood
 from jaxrl_llm.lm.rewards import Reward
 from jaxrl_llm.lm.rollouts import State, Task
-from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses, TrainState
 
@@ -203,32 +202,19 @@ def loss(
         "clip_fraction": Mean.of((ratio < 1 - config.clip_epsilon) | (ratio > 1 + high), mask),
     }
     if config.kl_coefficient:
-        kl = kl_to_reference(config, model, reference, params, responses, log_probability)
+        kl = kl_to_reference(
+            config.kl_estimator,
+            model,
+            params,
+            reference,
+            responses,
+            log_probability,
+            temperature=config.rollout.temperature,
+        )
         weighted_kl = jnp.sum(weight * kl)
         metrics["reference_kl"] = Mean(total=weighted_kl, weight=jnp.sum(weight))
         total += config.kl_coefficient * weighted_kl
     return total, metrics
-
-
-def kl_to_reference(
-    config: Config,
-    model: GPT2,
-    reference: PyTree,
-    params: PyTree,
-    responses: Responses,
-    log_probability: Array,
-) -> Array:
-    """The divergence of the policy from the reference at each token, `[G, K, N]` nats.
-
-    It penalises the law of each next token, not which prefixes the policy comes to.
-    """
-    if config.kl_estimator == "exact":
-        temperature = config.rollout.temperature
-        return exact_kl(model, params, reference, responses, temperature=temperature)
-    beside = responses.reference_log_probability
-    assert beside is not None
-    estimate = {"k2": policy_gradient.kl_k2, "k3": policy_gradient.kl_k3}[config.kl_estimator]
-    return estimate(log_probability, beside)
 
 
 def update(
@@ -237,10 +223,9 @@ def update(
     key: Key,
     train: TrainState,
     responses: Responses,
-    reference: PyTree | None,
+    reference: PyTree,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """Fits the policy to the responses of one iteration; `reference` is that of the task."""
-    reference = adapters.trunk(train.params) if reference is None else reference
+    """Fits the policy to the responses of one iteration; `reference` has the parameters of it."""
     return policy_step.fit(
         config.update,
         config.num_iterations,
@@ -275,7 +260,8 @@ def make(config: Config, model: GPT2, reward: Reward) -> Algorithm:
         collect_key, update_key = jax.random.split(key)
         experience = rollouts.collect(config.rollout, model, reward, collect_key, state, task)
         responses = experience.responses
-        train, learning = update(config, model, update_key, state.train, responses, task.reference)
+        reference = task.reference_of(state.train.params)
+        train, learning = update(config, model, update_key, state.train, responses, reference)
         score = responses.score
         assert score is not None
         equal = jnp.max(score, axis=-1) == jnp.min(score, axis=-1)

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from jaxrl_llm.data import json_lines, preferences
+from jaxrl_llm.data.files import write_atomically
 from jaxrl_llm.data.preferences import Preference
 from jaxrl_llm.lm.terminal import printable
 
@@ -134,9 +135,9 @@ def repair(path: str | Path) -> str | None:
     try:
         json_lines.decode(last)
     except ValueError:
-        _replace(path, whole + newline)
+        write_atomically(path, whole + newline)
         return f"{path}:{number}: the line was torn, so its {len(last)} bytes are removed"
-    _replace(path, content + b"\n")
+    write_atomically(path, content + b"\n")
     return f"{path}:{number}: the line had no end, so one is added"
 
 
@@ -297,20 +298,7 @@ def _remove_last(path: Path, line: bytes) -> None:
     if not content.endswith(line):
         fault = f"{path} ends otherwise than this session left it"
         raise ValueError(f"{fault}; let one session at a time write to a file")
-    _replace(path, content.removesuffix(line))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file anew, in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, content.removesuffix(line))
 
 
 def _parse_candidate(record: object) -> Candidate:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_llm.data.tokens import next_token_targets
 from jaxrl_llm.kernels import policy_gradient
-from jaxrl_llm.nn import gpt2
+from jaxrl_llm.nn import gpt2, shared_prompts
 from jaxrl_llm.numerics import token_log_probabilities
 from jaxrl_llm.types import Array, Key, PyTree, Responses, TokenBatch
 
@@ -85,7 +86,7 @@ def response_likelihood(
 ) -> ResponseLikelihood:
     """log pi(y_t | x, y_<t), the entropy of pi(· | x, y_<t) and V(x, y_<t).
 
-    Nothing is computed for the prompts' own tokens beyond what the responses attend to, and nothing
+    A prompt is read once for all of its responses, and no further than they attend to it. Nothing
     is dropped out: a ratio of two laws means something only where each is the same every time.
 
     Args:
@@ -95,8 +96,7 @@ def response_likelihood(
       temperature: of pi, the one that the tokens were drawn at.
       chunk_size: as in `numerics.token_log_probabilities`.
     """
-    rows = as_rows(responses)
-    before, targets = _states_before(model, params, rows, responses.prompt_length)
+    before, targets = _states_before(model, params, responses), _written(responses)
     results = _of_targets(params, before, targets, temperature, chunk_size)
 
     def masked(values: Array) -> Array:
@@ -130,12 +130,8 @@ def exact_kl(
       responses: whose states count; 0 where `response_mask` is False.
       temperature: of both.
     """
-    rows = as_rows(responses)
     reference = jax.lax.stop_gradient(reference)
-    states = [
-        _states_before(model, each, rows, responses.prompt_length)[0]
-        for each in (params, reference)
-    ]
+    states = [_states_before(model, each, responses) for each in (params, reference)]
 
     @jax.checkpoint
     def of_row(states: list[Array]) -> Array:
@@ -149,6 +145,39 @@ def exact_kl(
     return jnp.where(mask, jax.lax.map(of_row, states).reshape(mask.shape), 0)
 
 
+def kl_to_reference(
+    estimator: Literal["k2", "k3", "exact"],
+    model: gpt2.GPT2,
+    params: PyTree,
+    reference: PyTree,
+    responses: Responses,
+    log_probability: Array,
+    *,
+    temperature: Array | float = 1.0,
+) -> Array:
+    """The divergence of the policy from the reference to descend at each token, `[G, K, N]` nats.
+
+    It penalises the law of each next token, not which prefixes the policy comes to. k2 and k3 are
+    right for tokens that the policy itself drew, so for the first step of an iteration, and nearly
+    after it.
+
+    Args:
+      estimator: exact sums over the vocabulary, by `exact_kl`; the others are at drawn tokens.
+      model: of both.
+      params: of the policy.
+      reference: of the reference.
+      responses: with `reference_log_probability`.
+      log_probability: of each token under `params`.
+      temperature: of both.
+    """
+    if estimator == "exact":
+        return exact_kl(model, params, reference, responses, temperature=temperature)
+    beside = responses.reference_log_probability
+    assert beside is not None
+    estimate = {"k2": policy_gradient.kl_k2, "k3": policy_gradient.kl_k3}[estimator]
+    return estimate(log_probability, beside)
+
+
 def as_rows(responses: Responses) -> TokenBatch:
     """Prompts and responses without their groups, `[G * K, L]`."""
     size = responses.tokens.shape[-1]
@@ -160,12 +189,25 @@ def as_rows(responses: Responses) -> TokenBatch:
     )
 
 
-def _states_before(
-    model: gpt2.GPT2, params: PyTree, rows: TokenBatch, prompt_length: int
-) -> tuple[Array, Array]:
-    """What predicts each response token, `[R, N, E]`, and the token, `[R, N]`."""
-    hidden = _hidden_states(model, params, rows, None)
-    return hidden[:, prompt_length - 1 : -1], rows.tokens[:, prompt_length:]
+def _written(responses: Responses) -> Array:
+    """The tokens of the responses, without their groups, `[R, N]`."""
+    written = responses.tokens[:, :, responses.prompt_length :]
+    return written.reshape(-1, written.shape[-1])
+
+
+def _states_before(model: gpt2.GPT2, params: PyTree, responses: Responses) -> Array:
+    """What predicts each token of the responses, `[R, N, E]`.
+
+    The last token of a prompt predicts the first of a response: those before it are shared.
+    """
+    return shared_prompts.hidden_states(
+        partial(model.apply, {"params": params}, method="hidden_states"),
+        model.config,
+        model.dtype,
+        responses.tokens[:, :, :-1],
+        responses.attention_mask[:, :, :-1],
+        responses.prompt_length - 1,
+    )
 
 
 def _hidden_states(

@@ -30,10 +30,9 @@ from jaxrl_llm import checks
 from jaxrl_llm.data.tokens import next_token_targets
 from jaxrl_llm.kernels import alignment, policy_gradient, returns
 from jaxrl_llm.lm import optimizer, policy_step, rollouts
-from jaxrl_llm.lm.likelihood import exact_kl, response_likelihood, token_likelihood
+from jaxrl_llm.lm.likelihood import kl_to_reference, response_likelihood, token_likelihood
 from jaxrl_llm.lm.rewards import Reward
 from jaxrl_llm.lm.rollouts import State, Task
-from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import GPT2
 from jaxrl_llm.numerics import masked_mean, masked_variance, masked_whiten
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses, TokenBatch, TrainState
@@ -237,7 +236,16 @@ def loss(
         - config.entropy_coefficient * new.entropy
     )
     if config.kl_in == "loss":
-        kl = kl_to_reference(config, model, reference, params, responses, new.log_probability)
+        assert config.kl_estimator != "k1"  # refused by `validate`
+        kl = kl_to_reference(
+            config.kl_estimator,
+            model,
+            params,
+            reference,
+            responses,
+            new.log_probability,
+            temperature=config.rollout.temperature,
+        )
         each = each + kl_coefficient * kl
     ratio = policy_gradient.importance_ratio(new.log_probability, old)
     high = config.clip_epsilon if config.clip_epsilon_high is None else config.clip_epsilon_high
@@ -267,23 +275,6 @@ def clip_loss(config: Config, new: Array, old: Array, advantage: Array) -> Array
     return policy_gradient.ppo_dual_clip_loss(new, old, advantage, low, config.dual_clip, high)
 
 
-def kl_to_reference(
-    config: Config, model: GPT2, reference: PyTree, params: PyTree, responses: Responses, new: Array
-) -> Array:
-    """The KL of each token's law to descend, `[G, K, N]`; earlier tokens do not answer for it.
-
-    `new` is the log-probability of each token under `params`. k2 and k3 are right for tokens that
-    the policy itself drew, so for the first step of an iteration, and nearly after it.
-    """
-    if config.kl_estimator == "exact":
-        temperature = config.rollout.temperature
-        return exact_kl(model, params, reference, responses, temperature=temperature)
-    beside = responses.reference_log_probability
-    assert beside is not None
-    estimators = {"k2": policy_gradient.kl_k2, "k3": policy_gradient.kl_k3}
-    return estimators[config.kl_estimator](new, beside)
-
-
 def weigh(batch: Batch) -> Batch:
     """A minibatch whose tokens all count the same, and add up to means over it."""
     weight = alignment.loss_weights(batch.responses.response_mask, "token")
@@ -299,7 +290,7 @@ def update(
 ) -> tuple[TrainState, dict[str, Mean]]:
     """Epochs of minibatches on `batch`."""
     train = state.train
-    reference = adapters.trunk(train.params) if task.reference is None else task.reference
+    reference = task.reference_of(train.params)
     each = partial(loss, config, model, reference, state.controller)
     return policy_step.fit(config.update, config.num_iterations, each, weigh, key, train, batch)
 

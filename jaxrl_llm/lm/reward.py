@@ -29,17 +29,16 @@ from jaxrl_llm import checks
 from jaxrl_llm.kernels import preferences
 from jaxrl_llm.lm import optimizer
 from jaxrl_llm.lm.accumulation import gradient_of_sum
-from jaxrl_llm.lm.evaluate import Calibration
 from jaxrl_llm.lm.order import State, next_batch
-from jaxrl_llm.lm.scores import Estimate, wilson_interval
+from jaxrl_llm.lm.reward_features import features, in_batches
 from jaxrl_llm.nn.reward_model import RewardModel, Scores
 from jaxrl_llm.types import Algorithm, Array, Key, Mean, PyTree, Responses
 
 ADAMW = optimizer.Config(learning_rate=3e-4)
 
 # Of these few numbers each is learnt from many pairs: see `Config.choice_rate` and `head_rate`.
-_CHOICE_LEAVES = ("annotator_logit", "tie_logit")
-_HEADS = ("overall", "by_criterion")
+CHOICE_LEAVES = ("annotator_logit", "tie_logit")
+HEADS = ("overall", "by_criterion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +135,20 @@ def checked_pairs(config: Config, model: RewardModel, pairs: Responses) -> Respo
 
 def start(config: Config, params: PyTree, key: Key) -> State:
     """A learner that has `params`, before its first step, and what it learns of the annotators."""
+    params = with_choices(config, params)
+    train = optimizer.start(config.optimizer, config.num_steps, params)
+    return State(train=train, order_key=key)
+
+
+def with_choices(config: Config, params: PyTree) -> PyTree:
+    """`params` with those of the choice itself: reliabilities of annotators, the width of ties."""
     params = dict(params)
     if config.num_annotators:
         logit = np.log(config.first_reliability / (1 - config.first_reliability))
         params["annotator_logit"] = jnp.full(config.num_annotators, logit, jnp.float32)
     if config.learn_ties:
         params["tie_logit"] = jnp.zeros((), jnp.float32)
-    train = optimizer.start(config.optimizer, config.num_steps, params)
-    return State(train=train, order_key=key)
+    return params
 
 
 def update(
@@ -154,8 +159,8 @@ def update(
     gradient, metrics = gradient_of_loss(config, model, key, before, batch)
     train, norm = optimizer.descend(config.optimizer, config.num_steps, state.train, gradient)
     params = dict(train.params)
-    rates = dict.fromkeys(_CHOICE_LEAVES, config.choice_rate)
-    rates |= dict.fromkeys(_HEADS, config.head_rate)
+    rates = dict.fromkeys(CHOICE_LEAVES, config.choice_rate)
+    rates |= dict.fromkeys(HEADS, config.head_rate)
     for name in rates.keys() & params.keys():
         further = partial(_further, rates[name])
         params[name] = jax.tree.map(further, before[name], params[name])
@@ -172,37 +177,58 @@ def gradient_of_loss(
 ) -> tuple[PyTree, dict[str, Mean]]:
     """The gradient of the loss of all of `batch`, and what to report.
 
+    Where the pairs have `features` nothing else is read, which is right for heads alone.
+
     The loss is the mean over pairs of the preference loss and of the centring penalty (Eisenstein
     et al. 2023, "Helping or herding?"), plus the mean squared error over the ratings that are
     given: a Brier score, least where a criterion's head is the expected rating. What is missing
     has no gradient at all.
     """
-    num_pairs = batch.tokens.shape[0]
+    if batch.features is not None and config.optimizer.trainable == "all":
+        remedy = "read the pairs anew, features=None, or train heads"
+        raise ValueError(f"pairs.features are given, and the trunk learns; {remedy}")
+    counts = counted(batch)
+
+    def share(params: PyTree, part: Responses, key: Key) -> tuple[Array, dict[str, Mean]]:
+        params = optimizer.freeze(params, config.optimizer.trainable)
+        loss, metrics = loss_of_part(config, model, params, part, counts, dropout_key=key)
+        return loss, {"loss": Mean(total=loss, weight=jnp.zeros(())), **metrics}
+
+    gradient, metrics = gradient_of_sum(share, params, batch, config.num_micro_batches, key)
+    return gradient, {**metrics, "loss": Mean.of(metrics["loss"].total)}
+
+
+def counted(batch: Responses) -> tuple[int, Array | int]:
+    """Pairs and ratings of `batch`, that its loss is a mean over."""
     rating = batch.rating
     num_ratings = 1 if rating is None else jnp.maximum(jnp.sum(~jnp.isnan(rating)), 1)
+    return batch.tokens.shape[0], num_ratings
 
-    def total(params: PyTree, part: Responses, key: Key) -> tuple[Array, dict[str, Mean]]:
-        params = optimizer.freeze(params, config.optimizer.trainable)
-        overall, criteria = _apply(model, params, part, method="raw", dropout_key=key)
-        metrics = {
-            "preference_loss": Mean.of(preference_loss(config, params, overall, part)),
-            "centring_loss": Mean.of(jnp.square(jnp.sum(overall, axis=1))),
-        }
-        loss = metrics["preference_loss"].total
-        loss += config.centring_coefficient * metrics["centring_loss"].total
-        loss /= num_pairs
-        if part.rating is not None:
-            error = rating_error(criteria, part.rating)
-            metrics["rating_loss"] = Mean.of(error, ~jnp.isnan(part.rating))
-            loss += config.rating_coefficient * metrics["rating_loss"].total / num_ratings
-        return loss, metrics | _agreement(overall, preference(part))
 
-    gradient, metrics = gradient_of_sum(total, params, batch, config.num_micro_batches, key)
-    loss = metrics["preference_loss"].mean
-    loss += config.centring_coefficient * metrics["centring_loss"].mean
-    if rating is not None:
-        loss += config.rating_coefficient * metrics["rating_loss"].mean
-    return gradient, {"loss": Mean.of(loss), **metrics}
+def loss_of_part(
+    config: Config,
+    model: RewardModel,
+    params: PyTree,
+    part: Responses,
+    counts: tuple[int, Array | int],
+    *,
+    dropout_key: Key | None = None,
+) -> tuple[Array, dict[str, Mean]]:
+    """What some pairs add to the loss of as many pairs and ratings as `counts` says."""
+    num_pairs, num_ratings = counts
+    overall, criteria = _raw(model, params, part, dropout_key=dropout_key)
+    metrics = {
+        "preference_loss": Mean.of(preference_loss(config, params, overall, part)),
+        "centring_loss": Mean.of(jnp.square(jnp.sum(overall, axis=1))),
+    }
+    loss = metrics["preference_loss"].total
+    loss += config.centring_coefficient * metrics["centring_loss"].total
+    loss /= num_pairs
+    if part.rating is not None:
+        error = rating_error(criteria, part.rating)
+        metrics["rating_loss"] = Mean.of(error, ~jnp.isnan(part.rating))
+        loss += config.rating_coefficient * metrics["rating_loss"].total / num_ratings
+    return loss, metrics | agreement(overall, preference(part))
 
 
 def preference_loss(config: Config, params: PyTree, overall: Array, pairs: Responses) -> Array:
@@ -232,6 +258,17 @@ def rating_error(criteria: Array, rating: Array) -> Array:
     return jnp.square(jnp.where(given, criteria - jnp.where(given, rating, 0), 0))
 
 
+def agreement(overall: Array, reported: Array) -> dict[str, Mean]:
+    """How scores `[G, 2]` agree with the preferences reported, `[G]`; ties are not counted."""
+    sign = jnp.sign(2 * reported - 1)
+    margin = sign * (overall[:, 0] - overall[:, 1])
+    return {
+        "accuracy": Mean.of((1 + jnp.sign(margin)) / 2, sign != 0),
+        "score_margin": Mean.of(margin, sign != 0),
+        "score": Mean.of(overall),
+    }
+
+
 def preference(pairs: Responses) -> Array:
     """How probably the first of each pair is the better one, `[G]`."""
     if pairs.tokens.shape[1] != 2:
@@ -240,27 +277,20 @@ def preference(pairs: Responses) -> Array:
 
 
 def score(model: RewardModel, params: PyTree, responses: Responses) -> Scores:
-    """Overall scores `[G, K]`, normalised as `params` are, and criteria `[G, K, C]`."""
-    return _apply(model, params, responses)
+    """Overall scores `[G, K]`, normalised as `params` are, and criteria `[G, K, C]`.
+
+    Of their `features`, where they have some.
+    """
+    raw = _raw(model, params, responses)
+    scores: Any = model.apply({"params": params}, raw, method="normalised")
+    return scores
 
 
 def score_all(
     model: RewardModel, params: PyTree, responses: Responses, *, batch_size: int = 64
 ) -> Scores:
     """`score` for the host, as NumPy arrays; `batch_size` prompts go through the model at once."""
-    checks.at_least("batch_size", batch_size, 1)
-    num_prompts = responses.tokens.shape[0]
-    batch_size = min(batch_size, num_prompts)
-    parts: list[Any] = []
-    for begin in range(0, num_prompts, batch_size):
-        # The last batch is filled up with the last prompt, so that it compiles no new program.
-        chosen = np.minimum(np.arange(begin, begin + batch_size), num_prompts - 1)
-        rows = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], responses)
-        parts.append(jax.device_get(_score(model, params, rows)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_prompts], *parts)
-
-
-_score = jax.jit(score, static_argnames="model")
+    return in_batches(partial(_score, model, params), responses, batch_size)
 
 
 def normalise(params: PyTree, scores: ArrayLike) -> PyTree:
@@ -292,90 +322,23 @@ def normalise(params: PyTree, scores: ArrayLike) -> PyTree:
     }
 
 
-def accuracy(
-    model: RewardModel,
-    params: PyTree,
-    pairs: Responses,
-    *,
-    batch_size: int = 64,
-    confidence: float = 0.95,
-) -> Estimate:
-    """How often the model prefers what was preferred, with Wilson's interval; ties do not count.
-
-    Equal scores count as half right.
-
-    Raises:
-      ValueError: if every pair is a tie.
-    """
-    overall = score_all(model, params, pairs, batch_size=batch_size).overall
-    correct = jax.device_get(_agreement(jnp.asarray(overall), preference(pairs))["accuracy"])
-    if not correct.weight:
-        raise ValueError("pairs are all ties; give at least one that was decided")
-    interval = wilson_interval(correct.total, correct.weight, confidence=confidence)
-    return Estimate(float(correct.mean), *map(float, interval))
+_score = jax.jit(score, static_argnums=0)
 
 
-def calibration(
-    model: RewardModel,
-    params: PyTree,
-    pairs: Responses,
-    *,
-    num_bins: int = 10,
-    batch_size: int = 64,
-) -> Calibration:
-    """Whether responses that the model prefers with probability p are preferred in a share p.
-
-    That is sigma(s_1 - s_2) of raw scores, so it does not depend on their normalisation. A tie is
-    half a win. Confidence is that in the likelier response, in [0.5, 1], by bins of equal width
-    between these; the Brier score is sum_j (p_j - y_j)^2 over the two responses.
-
-    Raises:
-      ValueError: if `num_bins` is less than 1.
-    """
-    checks.at_least("num_bins", num_bins, 1)
-    overall = score_all(model, params, pairs, batch_size=batch_size).overall
-    probability = jax.nn.sigmoid((overall[:, 0] - overall[:, 1]) / params["gain"])
-    reported = preference(pairs)
-    first = probability >= 0.5
-    confidence = jnp.where(first, probability, 1 - probability)
-    outcome = jnp.where(first, reported, 1 - reported)
-    bins = jnp.clip(jnp.ceil((2 * confidence - 1) * num_bins) - 1, min=0, max=num_bins - 1)
-
-    def by_bin(values: Array) -> Mean:
-        return jax.vmap(lambda index: Mean.of(values, bins == index))(jnp.arange(num_bins))
-
-    brier = Mean.of(2 * jnp.square(confidence - outcome))
-    return Calibration(confidence=by_bin(confidence), accuracy=by_bin(outcome), brier=brier)
-
-
-def _apply(
+def _raw(
     model: RewardModel,
     params: PyTree,
     responses: Responses,
     *,
-    method: str = "__call__",
     dropout_key: Key | None = None,
 ) -> Scores:
-    """Scores of the groups, by a method of the model, which reads rows."""
-    groups = responses.tokens.shape[:2]
-    inputs = responses.tokens, responses.attention_mask, responses.response_mask
-    rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in inputs]
-    options: dict[str, Any] = {}
-    if dropout_key is not None:
-        options = {"deterministic": False, "rngs": {"dropout": dropout_key}}
-    scores: Any = model.apply({"params": params}, *rows, **options, method=method)
-    return jax.tree.map(lambda leaf: leaf.reshape(*groups, *leaf.shape[1:]), scores)
-
-
-def _agreement(overall: Array, reported: Array) -> dict[str, Mean]:
-    """How scores `[G, 2]` agree with the preferences reported, `[G]`; ties are not counted."""
-    sign = jnp.sign(2 * reported - 1)
-    margin = sign * (overall[:, 0] - overall[:, 1])
-    return {
-        "accuracy": Mean.of((1 + jnp.sign(margin)) / 2, sign != 0),
-        "score_margin": Mean.of(margin, sign != 0),
-        "score": Mean.of(overall),
-    }
+    """Raw scores `[G, K]` and criteria `[G, K, C]`."""
+    read = responses.features
+    if read is None:
+        read = features(model, params, responses, dropout_key=dropout_key)
+    rows = read.reshape(-1, read.shape[-1])
+    scores: Any = model.apply({"params": params}, rows, method="raw")
+    return jax.tree.map(lambda leaf: leaf.reshape(*read.shape[:2], *leaf.shape[1:]), scores)
 
 
 def _annotator(pairs: Responses) -> Array:

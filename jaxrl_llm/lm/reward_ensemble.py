@@ -1,12 +1,12 @@
 """Several reward models of one trunk, whose disagreement tells where none of them knows.
 
-    algorithm = make(config, model, num_members)
-    state = start(config, model, params, key, num_members)
+    algorithm = make(reward.make(config, model), num_members)
+    state = start(partial(reward.start, config), model, params, key, num_members)
     state, metrics = algorithm.step(step_key, state, pairs)
     aggregate(score(model, state.train.params, responses), "worst")
 
-Members differ by their heads' first weights and by the order in which they see the pairs. Their
-parameters are stacked on a leading axis `M`.
+Members differ by their heads' first weights and by the order in which they see the pairs; those of
+`reward_heads` by which pairs they see. Their parameters are stacked on a leading axis `M`.
 
 Source: Coste et al. (2024), "Reward model ensembles help mitigate overoptimization".
 """
@@ -29,13 +29,12 @@ Aggregation = Literal["mean", "worst", "uncertainty", "quantile"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
-def make(config: reward.Config, model: RewardModel, num_members: int) -> Algorithm:
-    """Training of `num_members` members at once; each is the run that `reward.make` does alone.
+def make(member: Algorithm, num_members: int) -> Algorithm:
+    """Training of `num_members` at once; each is the run that `member` does alone.
 
     State and metrics have a leading axis `M`. Member i draws from `fold_in(key, i)`.
     """
     checks.at_least("num_members", num_members, 1)
-    member = reward.make(config, model)
 
     def init(key: Key) -> reward.State:
         return each_member(member.init, _member_keys(key, num_members))
@@ -52,14 +51,26 @@ def make(config: reward.Config, model: RewardModel, num_members: int) -> Algorit
 
 
 def start(
-    config: reward.Config, model: RewardModel, params: PyTree, key: Key, num_members: int
+    start_member: Callable[[PyTree, Key], reward.State],
+    model: RewardModel,
+    params: PyTree,
+    key: Key,
+    num_members: int,
 ) -> reward.State:
-    """Members before their first step, with the trunk of a language model's `params`."""
+    """Members before their first step.
+
+    Args:
+      start_member: `(params, order_key) -> state`, of one.
+      model: of each.
+      params: of a language model, whose trunk all have.
+      key: of the heads and the orders.
+      num_members: how many.
+    """
     checks.at_least("num_members", num_members, 1)
 
     def one(key: Key) -> reward.State:
         head_key, order_key = jax.random.split(key)
-        return reward.start(config, from_language_model(model, params, head_key), order_key)
+        return start_member(from_language_model(model, params, head_key), order_key)
 
     return each_member(one, _member_keys(key, num_members))
 

@@ -89,6 +89,10 @@ class Task:
     reward: PyTree
     text: TokenBatch | None = None
 
+    def reference_of(self, params: PyTree) -> PyTree:
+        """The parameters of the reference, beside a policy that has `params`."""
+        return adapters.trunk(params) if self.reference is None else self.reference
+
 
 @struct.dataclass(kw_only=True)
 class State:
@@ -172,32 +176,44 @@ def collect(
     """
     params = state.train.params
     responses = draw(config, model, key, params, next_prompts(config, state, task))
-    reference = adapters.trunk(params) if task.reference is None else task.reference
     options: Any = {"temperature": config.temperature, "chunk_size": config.chunk_size}
-    beside = response_likelihood(model, reference, responses, **options)
+    beside = response_likelihood(model, task.reference_of(params), responses, **options)
     responses = replace(responses, reference_log_probability=beside.log_probability)
     if model.value_width is not None:
         value = response_likelihood(model, params, responses, **options).value
         responses = replace(responses, value=value)
-    scores = reward.score(task.reward, responses)
-    total, mix, mixing = reward.mix.combine(state.mix, scores)
+    responses, mix, metrics = scored(config, model, reward, state.mix, task.reward, responses)
+    kl = jnp.sum(log_ratio_to_reference(responses), axis=-1)
+    length = jnp.sum(responses.response_mask, axis=-1)
+    return Experience(
+        responses, mix, {"kl": Mean.of(kl), "response_length": Mean.of(length), **metrics}
+    )
+
+
+def scored(
+    config: Config, model: GPT2, reward: Reward, mix: PyTree, params: PyTree, responses: Responses
+) -> Experience:
+    """`responses` with the score that a policy is to maximise.
+
+    Args:
+      config: with the penalty for a response that did not end.
+      model: that wrote them.
+      reward: scores them.
+      mix: state of its `Mix`.
+      params: of the reward.
+      responses: to be scored.
+    """
+    scores = reward.score(params, responses)
+    total, mix, mixing = reward.mix.combine(mix, scores)
     ended = decoding.has_ended(responses, decoding.end_tokens(model, config.stop_tokens))
     total = total - config.missing_end_penalty * ~ended
-    responses = replace(responses, score=total)
-    kl = jnp.sum(log_ratio_to_reference(responses), axis=-1)
-    metrics = {
-        "score": Mean.of(total),
-        "kl": Mean.of(kl),
-        "response_length": Mean.of(jnp.sum(responses.response_mask, axis=-1)),
-        "ended": Mean.of(ended),
-        **mixing,
-    }
+    metrics = {"score": Mean.of(total), "ended": Mean.of(ended), **mixing}
     if len(reward.criteria) > 1:
         metrics |= {
             f"score_{name}": Mean.of(scores[..., index])
             for index, name in enumerate(reward.criteria)
         }
-    return Experience(responses, mix, metrics)
+    return Experience(replace(responses, score=total), mix, metrics)
 
 
 def next_prompts(config: Config, state: State, task: Task) -> TokenBatch:

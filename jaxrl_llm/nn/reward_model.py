@@ -22,7 +22,7 @@ from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import Transformer
 from jaxrl_llm.nn.gpt2_config import GPT2Config
 from jaxrl_llm.numerics import token_log_probabilities
-from jaxrl_llm.types import Array, Key, PyTree
+from jaxrl_llm.types import Array, Key, KVCache, PyTree
 
 CRITERIA = ("accuracy", "safety", "clarity")
 
@@ -50,9 +50,10 @@ class RewardModel(nn.Module):
       criteria: names of the criteria, `C`; none for the overall score alone.
       pooling: what the heads read: the hidden state of the `last` real token, or the `mean` of
         those of the response.
-      surprisal: whether the heads also read how unlikely the trunk finds the response: the sum,
-        the mean and the greatest of -log p(token). A fine-tuned language model knows what belongs
-        into a response; a head that had to learn so from comparisons would need many more.
+      surprisal: whether the heads also read how unlikely the trunk finds the response: the mean of
+        its hidden states, each weighted by -log p(token), and of these numbers the sum, the mean
+        and the greatest. A fine-tuned language model knows what belongs into a response; a head
+        that had to learn so from comparisons would need many more.
     """
 
     config: GPT2Config
@@ -91,42 +92,64 @@ class RewardModel(nn.Module):
             of no token is 0, which scores as the heads' biases.
           deterministic: False drops out, drawing from the random stream `dropout`.
         """
-        raw = self.raw(tokens, attention_mask, response_mask, deterministic=deterministic)
-        return raw._replace(overall=self.gain * raw.overall + self.bias)
+        features = self.features(tokens, attention_mask, response_mask, deterministic=deterministic)
+        return self.normalised(self.raw(features))
 
-    def raw(
+    def features(
         self,
         tokens: Array,
         attention_mask: Array | None = None,
         response_mask: Array | None = None,
         *,
         deterministic: bool = True,
-    ) -> Scores:
-        """Scores without gain and bias, which are what a loss trains; arguments as above."""
-        real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask > 0
+    ) -> Array:
+        """What the heads read of each text, `[B, F]`; arguments as above."""
         hidden, _ = self.transformer(tokens, attention_mask, None, None, deterministic)
+        return self.pooled(hidden, tokens, attention_mask, response_mask)
+
+    def hidden_states(
+        self, tokens: Array, *, attention_mask: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
+        """Of the trunk, after what `cache` holds; as in `GPT2`."""
+        return self.transformer(tokens, attention_mask, None, cache, True)
+
+    def pooled(
+        self,
+        hidden: Array,
+        tokens: Array,
+        attention_mask: Array | None,
+        response_mask: Array | None,
+    ) -> Array:
+        """What the heads read, `[B, F]`, of the trunk's states `[B, L, E]` of some tokens."""
+        real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask > 0
         counted = real if response_mask is None else response_mask > 0
         unread = ((0, 0), (real.shape[1] - counted.shape[1], 0))
         counted = jnp.pad(counted, unread) & real
         pooled = _at_last_token(hidden, real) if self.pooling == "last" else _mean(hidden, counted)
-        if self.surprisal:
-            read = counted[:, 1:] & real[:, :-1]
-            pooled = jnp.concatenate([pooled, self._surprisal(hidden, tokens, read)], axis=-1)
-        overall = self.overall(pooled)[:, 0]
+        if not self.surprisal:
+            return pooled
+        read = counted[:, 1:] & real[:, :-1]
+        surprisal = jnp.where(read, self._surprisal(hidden, tokens), 0)
+        weighted = _mean(hidden[:, 1:], read, surprisal)
+        return jnp.concatenate([pooled, weighted, _summary(surprisal, read)], axis=-1)
+
+    def raw(self, features: Array) -> Scores:
+        """Scores without gain and bias, which are what a loss trains, of `features`."""
+        overall = self.overall(features)[:, 0]
         if not self.criteria:
             return Scores(overall, jnp.zeros((*overall.shape, 0), overall.dtype))
-        return Scores(overall, jax.nn.sigmoid(self.by_criterion(pooled)))
+        return Scores(overall, jax.nn.sigmoid(self.by_criterion(features)))
 
-    def _surprisal(self, hidden: Array, tokens: Array, read: Array) -> Array:
-        """Sum, mean and maximum, `[B, 3]`, over the tokens after the first where `read` is True."""
+    def normalised(self, raw: Scores) -> Scores:
+        """The same scores with gain and bias."""
+        return raw._replace(overall=self.gain * raw.overall + self.bias)
+
+    def _surprisal(self, hidden: Array, tokens: Array) -> Array:
+        """-log p of every token after the first, `[B, L - 1]` nats."""
         embedding = jnp.asarray(self.transformer.wte.weight).astype(hidden.dtype)
         before = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         log_probability, _ = token_log_probabilities(before, embedding, tokens[:, 1:].reshape(-1))
-        surprisal = jnp.where(read, -log_probability.reshape(read.shape), 0)
-        total = jnp.sum(surprisal, axis=1)
-        mean = total / jnp.maximum(jnp.sum(read, axis=1), 1)
-        # A whole response has tens of nats, and heads start with weights for numbers of about 1.
-        return jnp.stack([0.1 * total, mean, jnp.max(surprisal, axis=1, initial=0)], axis=-1)
+        return -log_probability.reshape(tokens.shape[0], -1)
 
 
 def from_language_model(model: RewardModel, params: PyTree, key: Key) -> PyTree:
@@ -153,7 +176,16 @@ def _at_last_token(hidden: Array, real: Array) -> Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def _mean(hidden: Array, counted: Array) -> Array:
-    """The mean `[B, E]` of `[B, L, E]` over the True of `counted` `[B, L]`."""
-    total = jnp.sum(jnp.where(counted[:, :, None], hidden, 0), axis=1)
+def _mean(hidden: Array, counted: Array, weight: Array | None = None) -> Array:
+    """The mean `[B, E]` of `[B, L, E]`, times `weight`, over the True of `counted` `[B, L]`."""
+    weight = counted.astype(hidden.dtype) if weight is None else jnp.where(counted, weight, 0)
+    total = jnp.einsum("ble,bl->be", hidden, weight)
     return total / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]
+
+
+def _summary(surprisal: Array, read: Array) -> Array:
+    """Sum, mean and maximum, `[B, 3]`, of numbers `[B, L]` that are 0 where `read` is False."""
+    total = jnp.sum(surprisal, axis=1)
+    mean = total / jnp.maximum(jnp.sum(read, axis=1), 1)
+    # A whole response has tens of nats, and heads start with weights for numbers of about 1.
+    return jnp.stack([0.1 * total, mean, jnp.max(surprisal, axis=1, initial=0)], axis=-1)

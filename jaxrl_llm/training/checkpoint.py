@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.training.logging import write_atomically
+from jaxrl_llm.data.files import write_atomically
 from jaxrl_llm.types import PyTree
 
 _MANIFEST = "manifest.json"

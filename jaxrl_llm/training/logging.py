@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 import types
 import typing
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import numpy as np
+
+from jaxrl_llm.data.files import write_atomically
 
 ConfigT = TypeVar("ConfigT")
 
@@ -155,20 +156,6 @@ def read_config(directory: str | Path, config_class: type[ConfigT]) -> ConfigT:
         return _from_json(config_class, content, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; resume with the experiment that wrote it") from None
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill at any moment, finds the old or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(content: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxrl_llm.training.logging import write_atomically
+from jaxrl_llm.data.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

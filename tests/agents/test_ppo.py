@@ -92,6 +92,7 @@ def learn(probe, config, network: Any) -> Any:
     return network.apply(learned.train.params, jnp.array(probe.observation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", probes.PROBES, ids=lambda probe: probe.environment.name)
 def test_step_learns_probe(probe):
     config = ppo.Config(
@@ -124,6 +125,7 @@ def test_step_bootstraps_a_timeout_and_not_a_death(probe):
     np.testing.assert_allclose(value, probe.value, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_step_learns_the_optimal_treatment_whatever_the_seed():
     config = ppo.Config(
         num_environments=64,
@@ -241,6 +243,7 @@ def test_collect_scores_as_the_first_minibatch_does(one_step_episodes):
     np.testing.assert_allclose(value, batch.value[rows], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_masked_actions_are_never_taken_and_their_logits_never_move(
     collect, step, network, state, masked_mdp
 ):
@@ -306,6 +309,7 @@ def test_init_starts_every_environment_at_step_zero(algorithm):
     chex.assert_trees_all_equal(state, algorithm.init(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_step_is_a_function_of_its_key(step, algorithm, state):
     first, first_metrics = step(jax.random.key(4), state)
     same, same_metrics = step(jax.random.key(4), state)
@@ -323,6 +327,7 @@ def test_step_is_a_function_of_its_key(step, algorithm, state):
     }
 
 
+@pytest.mark.slow
 def test_step_of_many_seeds_by_vmap_equals_each_seed_alone(algorithm, step):
     keys = jax.random.split(jax.random.key(6), 3)
     states = by_vmap(algorithm.init, jax.random.split(jax.random.key(7), 3))

@@ -191,6 +191,7 @@ def test_update_whitens_each_minibatch_by_itself(batch):
     assert (after["value"]["table"] != before["value"]["table"]).all()
 
 
+@pytest.mark.slow
 def test_update_stops_at_the_target_kl_and_freezes_everything(batch):
     config = dataclasses.replace(CONFIG, num_minibatches=1, num_epochs=6, learning_rate=0.1)
     optimizer = ppo.make_optimizer(config, config.learning_rate)

@@ -56,6 +56,7 @@ def test_cases_are_named_and_draw_no_weights(cases):
     assert gpt2._parameters.cache_info().misses == misses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARED + NOT_COMPARED)
 def test_case_agrees_with_its_peer_again_and_again(cases, torch, name):
     case = cases[name]
@@ -64,6 +65,7 @@ def test_case_agrees_with_its_peer_again_and_again(cases, torch, name):
         case.agree(harness.call(case), harness.call(peer))
 
 
+@pytest.mark.slow
 def test_ragged_responses_are_the_same_in_slots_as_in_batches(cases):
     case = cases[RAGGED]
     slots, batches = harness.call(case), harness.call(case.peer())

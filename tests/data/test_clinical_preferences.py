@@ -15,7 +15,9 @@ from jaxrl_llm.data.clinical_preferences import (
     Annotator,
     Mixture,
     ceiling,
+    compare,
     demonstrations,
+    exact_accuracy,
     expected_gold,
     loss_floor,
     pairs,
@@ -135,6 +137,24 @@ def _reasons(pair):
     return [reason for text in texts for reason in clinical_text.score(pair.case, text).reasons]
 
 
+def test_compare_prefers_any_text_with_the_probability_of_its_utility():
+    """A good answer beside no answer at all, which no grammar would write."""
+    case = clinical_text.case(0, 0)
+    good = clinical_text.respond(case, np.random.default_rng(0), None)
+    texts = (good, "No idea, no idea.")
+    difference = np.subtract(
+        *(utility(PLAIN, text, clinical_text.score(case, text)) for text in texts)
+    )
+    mild = replace(PLAIN, temperature=float(difference))  # so that the log-odds are 1
+    compared = [compare(case, texts, (mild,), np.random.default_rng(seed)) for seed in range(2000)]
+    expected = 1 / (1 + math.exp(-1))
+    chosen = np.array([pair.preference.chosen == " " + good for pair in compared])
+    assert chosen.mean() == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 2000))
+    for pair, is_good in zip(compared[:50], chosen, strict=False):
+        assert pair.probability == pytest.approx(expected if is_good else 1 - expected)
+        assert {pair.preference.chosen, pair.preference.rejected} == {" " + text for text in texts}
+
+
 def test_pairs_show_either_response_first(default_pairs):
     is_first_better = [
         (pair.gold[0] > pair.gold[1]) == pair.chosen_is_first for pair in default_pairs
@@ -229,6 +249,16 @@ def test_ceiling_and_loss_floor_are_reached_by_who_knows_the_law(some, informed,
     loss = -np.log(known)
     floor = loss_floor(found, informed=informed)
     assert abs(loss.mean() - floor) < 4 * loss.std() / math.sqrt(len(known))
+
+
+def test_exact_accuracy_is_the_ceiling_of_who_knows_the_law_and_what_is_left_of_who_errs(
+    default_pairs,
+):
+    knows = [pair.probability >= 0.5 for pair in default_pairs]
+    best = exact_accuracy(default_pairs, knows)
+    assert best == pytest.approx(ceiling(default_pairs))
+    errs = [not each for each in knows]
+    assert exact_accuracy(default_pairs, errs) == pytest.approx(1 - best)
 
 
 def test_ceiling_is_higher_and_loss_floor_lower_for_who_knows_more(panel_pairs):

@@ -129,6 +129,7 @@ def packed_and_filled_up(sequences):
     return batch
 
 
+@pytest.mark.slow
 def test_pack_gives_the_loss_and_gradients_of_unpacked_rows(loss_and_gradients):
     """Also on the left, and with rows that are padding throughout."""
     sequences = random_sequences(12, 9, seed=4)

@@ -185,6 +185,7 @@ def test_rollout_equals_a_loop_over_patients_and_steps():
                 count, total = 0, 0.0
 
 
+@pytest.mark.slow
 def test_rollout_under_jit_equals_eager():
     walk = make_walk()
     start = core.start_batch(walk, jax.random.key(0), 2)

@@ -279,6 +279,7 @@ def test_make_truncates_after_500_steps(environment):
     assert late.truncated.any()
 
 
+@pytest.mark.slow
 def test_make_that_terminates_kills_on_inadmissible_actions():
     environment = icu_sepsis.make(inadmissible="terminate", max_steps=None)
     batch = rollout(environment, num_environments=64, num_steps=8, admissible_only=False)

@@ -154,6 +154,7 @@ def test_all_responses_is_a_batch_of_rows():
     np.testing.assert_array_equal(batch.score, mdp.reward)
 
 
+@pytest.mark.slow
 def test_all_responses_make_a_policy_of_a_language_model():
     mdp = make_random(3, 2, 0)
     batch = token_mdp.all_responses(mdp)

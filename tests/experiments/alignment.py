@@ -12,7 +12,8 @@ FLAGS = (
     "--num-evaluations=2 --num-checkpoints=2 --num-demonstrations=40 --num-pairs=8 "
     "--num-held-out=8 --num-prompts=12 --num-cases=5 --base.vocab-size=400 "
     "--base.n-positions=384 --base.n-embd=16 --base.n-layer=2 --base.n-head=2 --sft.num-steps=4 "
-    "--sft.batch-size=2 --sft.row-length=320 --reward.num-steps=4 --reward.batch-size=4"
+    "--sft.batch-size=2 --sft.row-length=320 --reward.num-steps=4 --reward.batch-size=4 "
+    "--num-own-pairs=4 --heads.num-steps=4"
 ).split()
 PPO_FLAGS = "--ppo.num-iterations=4 --ppo.rollout.num-prompts=4 --ppo.rollout.max-new-tokens=6"
 

@@ -93,6 +93,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in folder.glob("checkpoints/*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_main_writes_its_folder_and_returns_survival_beside_what_is_known(tmp_path, capsys):
     settings = replace(TINY, num_iterations=4)
     config = ppo_icu_sepsis.Config(
@@ -126,6 +127,7 @@ def test_main_writes_its_folder_and_returns_survival_beside_what_is_known(tmp_pa
     assert output.endswith(f"wrote {folder}\n")
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_user_end_in_one_line(tmp_path):
     (tmp_path / "unreadable").mkdir()
     logging.write_config(tmp_path / "unreadable", ppo_icu_sepsis.Config(output_dir=tmp_path))

@@ -45,6 +45,7 @@ def drawn(directory: Path, prompt: str, seed: int) -> list[str]:
     return [words.decode(ids[mask].tolist(), skip_special_tokens=True) for ids, mask in rows]
 
 
+@pytest.mark.slow
 def test_write_text_streams_what_generate_draws_for_a_case_and_marks_it(runs, capsys):
     config = write_text.Config(runs=runs, seed=3, case=2, sampling=SAMPLING)
     result = write_text.main(config)

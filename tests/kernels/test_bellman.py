@@ -301,6 +301,7 @@ def test_control_jit_equals_eager(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), eager, jitted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["policy_iteration", "modified_policy_iteration"])
 @pytest.mark.parametrize(("size", "number"), [(6, 20), (48, 3)], ids=["lockstep", "in turn"])
 def test_control_vmap_equals_a_loop(name, size, number, x64):

@@ -24,8 +24,10 @@ def random_pairs(num_pairs: int, seed: int = 0) -> Any:
     share = random.choice([0.0, 0.5, 0.8, 1.0], num_pairs).astype(np.float32)
     rating = random.random((*shape, 2)).astype(np.float32)
     rating[random.random(rating.shape) < 0.4] = np.nan
+    tokens = random.integers(2, VOCABULARY, (*shape, PROMPT + RESPONSE)).astype(np.int32)
+    tokens[..., :PROMPT] = tokens[:, :1, :PROMPT]
     leaves: dict[str, Any] = {
-        "tokens": random.integers(2, VOCABULARY, (*shape, PROMPT + RESPONSE)).astype(np.int32),
+        "tokens": tokens,
         "attention_mask": np.concatenate([prompt, response], axis=-1),
         "response_mask": response,
         "score": np.stack([share, 1 - share], axis=1),

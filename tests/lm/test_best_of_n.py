@@ -121,6 +121,7 @@ def test_what_is_kept_is_what_was_scored(draw):
                                       counted[len(asked):])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_select_of_drawn_responses_follows_the_law_of_best_of_n(draw):
     """One-token responses to one prompt, of which there are many copies."""
     count, n = 3000, 3

@@ -35,6 +35,7 @@ def test_greedy_matches_committed_transformers_over_64_tokens(name):
     np.testing.assert_array_equal(batch.tokens[:, width:], numbers.generated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_greedy_matches_live_transformers_with_penalty_bans_and_stop_tokens(name):
     torch = pytest.importorskip("torch")
@@ -77,6 +78,7 @@ def assert_same_responses(batch, width, expected, expected_width, rows: Any = sl
         np.testing.assert_allclose(actual, desired, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 def test_text_depends_on_prompt_and_key_alone():
     batch = generate(MODEL, PARAMS, PROMPTS, MASK, KEY, CONFIG)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(3))

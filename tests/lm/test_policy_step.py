@@ -92,6 +92,7 @@ def test_fit_of_one_step_descends_the_mean_over_all_tokens(batch):
     assert int(metrics["error"].weight) == int(batch["mask"].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_fit_equals_one_step_after_another(batch, num_micro_batches):
     """Each on the mean over its own minibatch, whatever the parts that goes through in."""
@@ -133,7 +134,7 @@ def test_fit_skips_every_step_from_the_first_beyond_the_target(batch):
     generous = replace(config, target_kl=1e3)
     train, metrics = fit(generous, jax.random.key(4), start(config), batch)
     free, _ = fit(replace(config, target_kl=None), jax.random.key(4), start(config), batch)
-    chex.assert_trees_all_equal(train, free)
+    chex.assert_trees_all_close(train, free, rtol=1e-6)  # two programs round differently
     assert float(metrics["stopped"].total) == 0
 
 

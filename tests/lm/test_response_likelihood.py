@@ -30,7 +30,8 @@ def params():
 def responses() -> Responses:
     random = np.random.default_rng(0)
     tokens = random.integers(2, tiny.VOCABULARY, (2, 3, P + N))
-    prompt = np.arange(P) >= np.array([[0, 2, 3], [1, 0, 3]])[..., None]
+    tokens[..., :P] = tokens[:, :1, :P]
+    prompt = np.broadcast_to(np.arange(P) >= np.array([0, 3])[:, None, None], (2, 3, P))
     response = np.arange(N) < np.array([[5, 1, 3], [2, 4, 0]])[..., None]
     return Responses(
         tokens=jnp.asarray(tokens, jnp.int32),

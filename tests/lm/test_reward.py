@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.lm import optimizer, reward
+from jaxrl_llm.lm import optimizer, reward, reward_quality
 from jaxrl_llm.lm.order import next_batch
 from jaxrl_llm.types import Responses
 from tests.lm.preference_pairs import MODEL, PAIRS, PROMPT, RESPONSE, random_pairs
@@ -189,6 +189,7 @@ def separable_pairs(num_pairs: int, seed: int) -> tuple[Any, Any]:
     return replace(pairs, rating=None, margin=None), is_right
 
 
+@pytest.mark.slow
 def test_training_learns_a_separable_preference_and_how_reliable_each_annotator_is():
     config = reward.Config(
         num_steps=100, batch_size=32, num_annotators=2, choice_rate=5.0, optimizer=ADAMW
@@ -210,8 +211,8 @@ def test_training_learns_a_separable_preference_and_how_reliable_each_annotator_
     untrained, params, metrics = train(fast_key(0))
     held_out, is_right_there = separable_pairs(200, 1)
     held_out = jax.tree.map(lambda leaf: leaf[is_right_there], held_out)
-    assert reward.accuracy(MODEL, untrained, held_out).low < 0.7
-    assert reward.accuracy(MODEL, params, held_out).low > 0.95
+    assert reward_quality.accuracy(MODEL, untrained, held_out).low < 0.7
+    assert reward_quality.accuracy(MODEL, params, held_out).low > 0.95
     assert metrics["accuracy"].mean[-10:].mean() < 0.9  # of reports, of which many are wrong
     reliability = 1 / (1 + np.exp(-np.asarray(params["annotator_logit"])))
     share = [is_right[np.asarray(pairs.annotator) == who].mean() for who in range(2)]

@@ -34,9 +34,11 @@ PAIRS = Responses(
 def start() -> Any:
     trunk = random_params(GPT2(SHAPE))
     key = fast_key(0)
-    return jax.jit(partial(reward_ensemble.start, CONFIG, MODEL, num_members=NUM_MEMBERS))(
-        trunk, key
-    )
+    return jax.jit(
+        partial(
+            reward_ensemble.start, partial(reward.start, CONFIG), MODEL, num_members=NUM_MEMBERS
+        )
+    )(trunk, key)
 
 
 def member_of(tree: Any, index: int) -> Any:
@@ -54,8 +56,9 @@ def test_start_shares_the_trunk_and_differs_in_heads_and_order(start):
         assert len({each.tobytes() for each in leaf}) == NUM_MEMBERS
 
 
+@pytest.mark.slow
 def test_training_is_that_of_each_member_alone(start):
-    algorithm = reward_ensemble.make(CONFIG, MODEL, NUM_MEMBERS)
+    algorithm = reward_ensemble.make(reward.make(CONFIG, MODEL), NUM_MEMBERS)
     together = jax.jit(algorithm.step)
     alone = jax.jit(reward.make(CONFIG, MODEL).step)
     state, members = start, [member_of(start, index) for index in range(NUM_MEMBERS)]
@@ -74,7 +77,7 @@ def test_training_is_that_of_each_member_alone(start):
 
 @pytest.mark.slow
 def test_init_draws_members_that_differ():
-    state = jax.jit(reward_ensemble.make(CONFIG, MODEL, 2).init)(fast_key(0))
+    state = jax.jit(reward_ensemble.make(reward.make(CONFIG, MODEL), 2).init)(fast_key(0))
     embedding = state.train.params["transformer"]["wte"]["weight"]
     assert np.abs(embedding[0] - embedding[1]).max() > 0.01
 
@@ -147,4 +150,4 @@ def test_aggregate_refuses_what_it_does_not_know(options, message):
 
 def test_make_refuses_an_ensemble_of_none():
     with pytest.raises(ValueError, match="num_members is 0; it must be at least 1"):
-        reward_ensemble.make(CONFIG, MODEL, 0)
+        reward_ensemble.make(reward.make(CONFIG, MODEL), 0)

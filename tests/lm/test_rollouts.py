@@ -117,6 +117,7 @@ def test_collect_counts_the_end_token_and_nothing_after_it(experience):
     )
 
 
+@pytest.mark.slow
 def test_collect_keeps_the_law_that_drew_and_the_references(experience):
     """At the temperature of the draw, for all of them."""
     responses = experience.responses

@@ -132,7 +132,8 @@ def test_from_language_model_takes_its_trunk_and_draws_the_heads():
 
 def test_gain_and_bias_get_no_gradient_from_raw_scores(params):
     def loss(params: Any) -> Any:
-        scores: Any = MODEL.apply({"params": params}, TOKENS, method="raw")
+        features = MODEL.apply({"params": params}, TOKENS, method="features")
+        scores: Any = MODEL.apply({"params": params}, features, method="raw")
         return jnp.sum(scores.overall**2)
 
     gradient = jax.jit(jax.grad(loss))(params)

@@ -47,6 +47,7 @@ def quick_or_long():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "value"),
     [
@@ -125,6 +126,7 @@ def test_monte_carlo_return_stops_at_a_time_limit():
     assert estimate.unfinished == 0
 
 
+@pytest.mark.slow
 def test_monte_carlo_return_favours_neither_short_nor_long_episodes():
     mdp = quick_or_long()
     exact = float(evaluate.exact_return(mdp, jnp.zeros(3, jnp.int32)))
@@ -184,6 +186,7 @@ def test_monte_carlo_return_interval_is_the_normal_one(confidence, z):
     assert abs(fraction - 0.3) < 0.1
 
 
+@pytest.mark.slow
 def test_monte_carlo_return_covers_as_often_as_it_says():
     environment = tabular.make(leaving(0.3, 1.0))
 

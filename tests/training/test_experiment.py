@@ -325,6 +325,7 @@ def leave_or_stay(reward: float):
     )
 
 
+@pytest.mark.slow
 def test_solve_resumed_restores_the_same_bits_and_solves_the_rest(config, monkeypatch, capsys):
     with jax.enable_x64(True):
         mdps = {"zealous": leave_or_stay(20.0), "patient": leave_or_stay(5.0)}

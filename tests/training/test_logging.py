@@ -121,20 +121,6 @@ def test_write_result_is_valid_json_and_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_write_atomically_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    logging.write_atomically(path, b"old")
-
-    def no_space(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        logging.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize(
     "config",
     [

@@ -278,6 +278,7 @@ def test_over_seeds_gives_every_seed_all_of_the_data():
         np.testing.assert_allclose(together["total"][seed], alone["total"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_seeds_equals_separate_runs():
     seen = []
     together = loop.run(
