@@ -41,7 +41,7 @@ from jaxrl_llm.lm.rewards import Reward
 from jaxrl_llm.lm.scores import Estimate
 from jaxrl_llm.nn.reward_model import RewardModel
 from jaxrl_llm.training import experiment, report
-from jaxrl_llm.types import Key, PyTree, Responses
+from jaxrl_llm.types import Array, Key, PyTree, Responses
 
 _NUM_NORMALISING = 100
 LONGEST_RESPONSE = 96  # tokens; 1 in 15 of those compared is longer
@@ -68,13 +68,20 @@ class Judge(NamedTuple):
     calibration: evaluate.Calibration
 
     @property
+    def members(self) -> list[PyTree]:
+        """The parameters of each."""
+        if jnp.ndim(self.params["gain"]) == 0:
+            return [self.params]
+        return [_member(self.params, index) for index in range(len(self.params["gain"]))]
+
+    @property
     def goal(self) -> tuple[Reward, PyTree]:
         """What a policy is to maximise, an ensemble's worst score, and its parameters."""
         return self.reward(), self.params
 
     def reward(self, how: reward_ensemble.Aggregation = "worst") -> Reward:
         """What a policy is to maximise; `how` is for an ensemble."""
-        if jnp.ndim(self.params["gain"]) == 0:
+        if len(self.members) == 1:
             return rewards.of_model(self.model)
         return rewards.of_ensemble(self.model, how)
 
@@ -185,7 +192,7 @@ def own_pairs(run: experiment.Run[StagesConfig], policy: BaseModel) -> list[Pair
     ]
 
 
-def _exact_accuracy(held_out: Sequence[Pair], scores: NDArray[np.float32]) -> float:
+def _exact_accuracy(held_out: Sequence[Pair], scores: Array) -> float:
     return clinical_preferences.exact_accuracy(held_out, (scores[:, 0] > scores[:, 1]).tolist())
 
 
@@ -238,8 +245,8 @@ def score_texts(policy: BaseModel, judge: Judge) -> Callable[..., NDArray[np.flo
 
     def score(pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
         said = clinical_questions.as_responses(policy, pairs, LONGEST_RESPONSE)
-        scores = judge.reward("mean").score(judge.params, said)
-        return np.asarray(scores[:, 0, 0], np.float64)
+        scores = [reward.score_all(judge.model, each, said).overall for each in judge.members]
+        return np.mean(scores, axis=0, dtype=np.float64)[:, 0]
 
     return score
 

@@ -4,7 +4,9 @@
 
 Reward models of several sizes learn from few comparisons; PPO maximises each without a KL penalty.
 Two guards follow: the worst score of an ensemble, and a KL penalty. All text is SYNTHETIC, so the
-gold score of every answer is known. Expected on 2 CPU cores: about 15 minutes.
+gold score of every answer is known. Expected on 2 CPU cores: 17 minutes; without a guard the proxy
+gains several deviations while the gold score falls from 0.66 to 0.00 and 0.38; the worst of three
+heads on one trunk is hardly a guard (0.39), the KL penalty is (0.76).
 Research only, not for clinical use.
 """
 

@@ -15,6 +15,7 @@ Source: Liu and Nocedal (1989), "On the limited memory BFGS method for large sca
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,17 +102,20 @@ def update(
         kernels = [learnt[name]["kernel"] for name in reward.HEADS if name in learnt]
         return fit + 0.5 * config.penalty * optax.tree.norm(kernels, squared=True)
 
-    learnt = _standardised(_learnt(state.train.params), mean, deviation)
+    before = _standardised(_learnt(state.train.params), mean, deviation)
     train = state.train
-    value, gradient = optax.value_and_grad_from_state(loss)(learnt, state=train.opt_state)
+    value, gradient = optax.value_and_grad_from_state(loss)(before, state=train.opt_state)
     change, opt_state = _LBFGS.update(
-        gradient, train.opt_state, learnt, value=value, grad=gradient, value_fn=loss
+        gradient, train.opt_state, before, value=value, grad=gradient, value_fn=loss
     )
-    learnt = optax.apply_updates(learnt, change)
+    learnt: Any = optax.apply_updates(before, change)
     _, metrics = reward.loss_of_part(settings, model, {**train.params, **learnt}, pairs, counts)
     params = {**train.params, **_original(learnt, mean, deviation)}
     train = TrainState(params=params, opt_state=opt_state, step=train.step + 1)
-    metrics |= {"loss": Mean.of(value), "gradient_norm": Mean.of(optax.tree.norm(gradient))}
+    metrics |= {
+        "loss": Mean.of(jnp.asarray(value)),
+        "gradient_norm": Mean.of(optax.tree.norm(gradient)),
+    }
     return replace(state, train=train), metrics
 
 

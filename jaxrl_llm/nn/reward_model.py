@@ -109,7 +109,7 @@ class RewardModel(nn.Module):
 
     def hidden_states(
         self, tokens: Array, *, attention_mask: Array, cache: KVCache
-    ) -> tuple[Array, KVCache]:
+    ) -> tuple[Array, KVCache | None]:
         """Of the trunk, after what `cache` holds; as in `GPT2`."""
         return self.transformer(tokens, attention_mask, None, cache, True)
 

@@ -142,10 +142,8 @@ def test_compare_prefers_any_text_with_the_probability_of_its_utility():
     case = clinical_text.case(0, 0)
     good = clinical_text.respond(case, np.random.default_rng(0), None)
     texts = (good, "No idea, no idea.")
-    difference = np.subtract(
-        *(utility(PLAIN, text, clinical_text.score(case, text)) for text in texts)
-    )
-    mild = replace(PLAIN, temperature=float(difference))  # so that the log-odds are 1
+    first, second = (utility(PLAIN, text, clinical_text.score(case, text)) for text in texts)
+    mild = replace(PLAIN, temperature=first - second)  # so that the log-odds are 1
     compared = [compare(case, texts, (mild,), np.random.default_rng(seed)) for seed in range(2000)]
     expected = 1 / (1 + math.exp(-1))
     chosen = np.array([pair.preference.chosen == " " + good for pair in compared])

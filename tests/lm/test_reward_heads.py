@@ -102,7 +102,7 @@ def test_scales_of_the_features_do_not_matter(params, pairs):
         reward.score(MODEL, params, each).overall
         for params, each in zip(states, (pairs, other), strict=True)
     ]
-    np.testing.assert_allclose(*read, atol=1e-2)
+    np.testing.assert_allclose(read[0], read[1], atol=1e-2)
 
 
 def test_nothing_but_the_heads_moves(params, pairs):
