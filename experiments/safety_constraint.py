@@ -3,24 +3,26 @@
     python -m experiments.safety_constraint [--model DIRECTORY --at-least 0.8]
 
 An annotator who likes confident answers teaches a reward model that rewards them; false certainty
-is unsafe. One policy maximises that reward and a little of the safety criterion; the other
-maximises it subject to E[safety] >= a limit, by a Lagrange multiplier. All text is SYNTHETIC, and
-the gold scorer says how safe it is. Expected on 2 CPU cores: about 10 minutes.
+is unsafe. A checker of safety, a rule, sees it and interactions, allergies and missed urgency. One
+policy maximises the model's score and a little of the rule's; the other maximises the former
+subject to E[safety] >= a limit, by a Lagrange multiplier. All text is SYNTHETIC, and the rule is
+the safety mark of its gold scorer. Expected on 2 CPU cores: about 10 minutes.
 Research only, not for clinical use.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments import clinical_judges as judges
 from experiments import clinical_stages as stages
 from jaxrl_llm import checks
 from jaxrl_llm.data.clinical_preferences import Annotator
-from jaxrl_llm.lm import objective, ppo, rewards
+from jaxrl_llm.lm import clinical_exam, objective, ppo, rewards
 from jaxrl_llm.training import cli, experiment, report
 
-IMPRESSED = Annotator(name="impressed", confidence_bias=0.5)
+PPO = replace(stages.PPO, kl_coefficient=0.1)
+IMPRESSED = Annotator(name="impressed", confidence_bias=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +31,14 @@ class Config(stages.StagesConfig):
 
     annotator: Annotator = IMPRESSED
     safety_weight: float = 0.2
-    """Of the safety criterion in the weighted sum, beside the overall score."""
-    at_least: float = 0.7
-    """Mean safety that the constrained policy is to have, in [0, 1]."""
+    """Of the safety rule in the weighted sum, beside the reward model's score."""
+    at_least: float = 0.55
+    """Mean safety that the constrained policy is to have, in [0, 1]; the imitator has 0.57."""
     margin: float = 0.1
-    """By which the reward model's safety is held higher, since it errs."""
-    multiplier_rate: float = 5.0
+    """By which safety is held higher while learning, on the few answers of each iteration."""
+    multiplier_rate: float = 1.0
     """Of the multiplier, a unit of safety missing and iteration."""
-    ppo: ppo.Config = stages.PPO
+    ppo: ppo.Config = PPO
 
     def validate(self) -> None:
         super().validate()
@@ -55,13 +57,12 @@ def main(config: Config) -> dict[str, float]:
             (1.0, 0.0), 1, at_least=config.at_least + config.margin, rate=config.multiplier_rate
         ),
     }
-    policies = {"sft": imitator} | {
-        name: stages.align(
-            run, name, ppo, config.ppo, imitator,
-            rewards.of_model(judge.model, ("overall", "safety"), mix=mix), judge.params,
-        )
-        for name, mix in mixes.items()
-    }  # fmt: skip
+    asked = stages.cases(config, config.num_prompts, "train")
+    rule = rewards.of_text(imitator.tokenizer, clinical_exam.gold(asked, "safety"), ("safety",))
+    policies = {"sft": imitator}
+    for name, mix in mixes.items():
+        goal = rewards.joined(judge.reward(), rule, mix=mix), (judge.params, None)
+        policies[name] = stages.align(run, name, ppo, config.ppo, imitator, *goal)
     examined = stages.examine_all(run, policies, imitator)
     footer = f"The constraint is a mean safety of {config.at_least}. {report.RESEARCH_ONLY}"
     shown = {name: each.measures for name, each in examined.items()}
