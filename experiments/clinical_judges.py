@@ -246,7 +246,7 @@ def score_texts(policy: BaseModel, judge: Judge) -> Callable[..., NDArray[np.flo
     def score(pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
         said = clinical_questions.as_responses(policy, pairs, LONGEST_RESPONSE)
         scores = [reward.score_all(judge.model, each, said).overall for each in judge.members]
-        return np.mean(scores, axis=0, dtype=np.float64)[:, 0]
+        return np.stack(scores).mean(axis=0, dtype=np.float64)[:, 0]
 
     return score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_widened_copies_rows_side_by_side_and_adds_empty_slots():
     filled = jax.tree.map(
         lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), cache.keys
     )
-    cache = cache.replace(keys=filled, mask=jnp.ones((2, 3), bool), length=jnp.int32(3))
+    cache = replace(cache, keys=filled, mask=jnp.ones((2, 3), bool), length=jnp.int32(3))
     wide = shared_prompts.widened(cache, 2, 4)
     assert int(wide.length) == 3
     for before, after in zip(cache.keys, wide.keys, strict=True):
