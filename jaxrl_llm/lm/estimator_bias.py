@@ -122,20 +122,21 @@ class TableModel:
         identity = jnp.eye(self.mdp.vocab_size)
         return {"table": logits, "value_head": {}, "transformer": {"wte": {"weight": identity}}}
 
-    def apply(
-        self, variables: PyTree, inputs: Array, *, method: str, **options: Array | None
-    ) -> Array:
-        """As of a flax module: `method` is hidden_states, logits or value."""
+    def apply(self, variables: PyTree, inputs: Array, *, method: str, **options: Any) -> Array:
+        """As of a flax module: `method` is states_after, logits or value."""
         if method == "logits":
             return inputs
         if method == "value":
             return jnp.zeros(inputs.shape[:-1])
-        mask = options["attention_mask"]
-        assert mask is not None
-        prefix = token_mdp.prefix_index(self.mdp, inputs[:, 1:], mask[:, 1:])
-        hidden = variables["params"]["table"][inputs[:, :1], prefix]
-        # Nothing is predicted from the last token.
-        return jnp.pad(hidden, ((0, 0), (0, 1), (0, 0)))
+        rows, mask = (
+            leaf.reshape(-1, leaf.shape[-1]) for leaf in (inputs, options["attention_mask"])
+        )
+        # The last token of a response predicts nothing, and is not among these.
+        written = jnp.pad(rows[:, 1:], ((0, 0), (0, 1)))
+        real = jnp.concatenate([mask[:, 1:], mask[:, -1:]], axis=1)
+        prefix = token_mdp.prefix_index(self.mdp, written, real)
+        prefix = jnp.minimum(prefix, self.mdp.num_prefixes - 1)  # what follows an end has none
+        return variables["params"]["table"][rows[:, :1], prefix]
 
 
 def random_problem(seed: int, *, kl_coefficient: float = 0.5, **size: Any) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_llm.data.tokens import next_token_targets
 from jaxrl_llm.kernels import policy_gradient
-from jaxrl_llm.nn import gpt2, shared_prompts
+from jaxrl_llm.nn import gpt2
 from jaxrl_llm.numerics import token_log_probabilities
 from jaxrl_llm.types import Array, Key, PyTree, Responses, TokenBatch
 
@@ -200,14 +199,14 @@ def _states_before(model: gpt2.GPT2, params: PyTree, responses: Responses) -> Ar
 
     The last token of a prompt predicts the first of a response: those before it are shared.
     """
-    return shared_prompts.hidden_states(
-        partial(model.apply, {"params": params}, method="hidden_states"),
-        model.config,
-        model.dtype,
+    states: Any = model.apply(
+        {"params": params},
         responses.tokens[:, :, :-1],
-        responses.attention_mask[:, :, :-1],
-        responses.prompt_length - 1,
+        attention_mask=responses.attention_mask[:, :, :-1],
+        num_shared=responses.prompt_length - 1,
+        method="states_after",
     )
+    return states
 
 
 def _hidden_states(

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxrl_llm import checks
-from jaxrl_llm.nn import shared_prompts
 from jaxrl_llm.nn.reward_model import RewardModel
 from jaxrl_llm.types import Array, Key, PyTree, Responses
 
@@ -36,13 +35,11 @@ def features(
         rngs = {"dropout": dropout_key}
         found = apply(tokens, *masks, deterministic=False, rngs=rngs, method="features")
     else:
-        hidden = shared_prompts.hidden_states(
-            partial(apply, method="hidden_states"),
-            model.config,
-            model.dtype,
+        hidden = apply(
             responses.tokens,
-            responses.attention_mask,
-            num_shared,
+            attention_mask=responses.attention_mask,
+            num_shared=num_shared,
+            method="states_after",
         )
         found = apply(hidden, tokens, *masks, method="pooled")
     return found.reshape(*groups, -1)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxrl_llm.nn import attention
+from jaxrl_llm.nn import attention, shared_prompts
 from jaxrl_llm.nn.adapters import Adapter, LoRA, TokenValueHead, is_on
 from jaxrl_llm.nn.gpt2_config import ACTIVATIONS, GPT2Config
 from jaxrl_llm.types import Array, KVCache, PyTree
@@ -103,6 +103,12 @@ class GPT2(nn.Module):
         if self.adapter_width is not None and is_on(self, "adapter"):
             hidden = self.adapter(hidden)
         return hidden if cache is None else (hidden, cache)
+
+    def states_after(self, tokens: Array, *, attention_mask: Array, num_shared: int) -> Array:
+        """Hidden states after what groups of rows share; as `shared_prompts.hidden_states`."""
+        cache = init_cache(self.config, tokens.shape[0], num_shared, self.dtype)
+        read = self.hidden_states
+        return shared_prompts.hidden_states(read, cache, tokens, attention_mask, num_shared)
 
     def logits(self, hidden: Array) -> Array:
         """Logits `[..., V]` float32 of hidden states `[..., E]`."""

@@ -11,15 +11,15 @@ preferences".
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxrl_llm.nn import adapters
-from jaxrl_llm.nn.gpt2 import Transformer
+from jaxrl_llm.nn import adapters, shared_prompts
+from jaxrl_llm.nn.gpt2 import Transformer, init_cache
 from jaxrl_llm.nn.gpt2_config import GPT2Config
 from jaxrl_llm.numerics import token_log_probabilities
 from jaxrl_llm.types import Array, Key, KVCache, PyTree
@@ -107,11 +107,14 @@ class RewardModel(nn.Module):
         hidden, _ = self.transformer(tokens, attention_mask, None, None, deterministic)
         return self.pooled(hidden, tokens, attention_mask, response_mask)
 
-    def hidden_states(
-        self, tokens: Array, *, attention_mask: Array, cache: KVCache
-    ) -> tuple[Array, KVCache | None]:
-        """Of the trunk, after what `cache` holds; as in `GPT2`."""
-        return self.transformer(tokens, attention_mask, None, cache, True)
+    def states_after(self, tokens: Array, *, attention_mask: Array, num_shared: int) -> Array:
+        """Of the trunk, as those of `GPT2`."""
+        cache = init_cache(self.config, tokens.shape[0], num_shared, self.dtype)
+
+        def read(tokens: Array, *, attention_mask: Array, cache: KVCache) -> Any:
+            return self.transformer(tokens, attention_mask, None, cache, True)
+
+        return shared_prompts.hidden_states(read, cache, tokens, attention_mask, num_shared)
 
     def pooled(
         self,

@@ -8,10 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from jaxrl_llm.nn.gpt2 import init_cache
-from jaxrl_llm.nn.gpt2_config import GPT2Config
 from jaxrl_llm.types import Array, KVCache
 
 
@@ -29,8 +26,7 @@ def widened(cache: KVCache, num_copies: int, num_free: int) -> KVCache:
 
 def hidden_states(
     read: Callable[..., Any],
-    config: GPT2Config,
-    dtype: DTypeLike,
+    cache: KVCache,
     tokens: Array,
     attention_mask: Array,
     num_shared: int,
@@ -42,14 +38,12 @@ def hidden_states(
 
     Args:
       read: `(tokens, attention_mask=, cache=) -> (hidden, cache)`.
-      config: of the trunk.
-      dtype: of its computation.
+      cache: empty, of `G` rows with `num_shared` slots.
       tokens: `[G, K, L]`, the first `num_shared` of them the same in all of a group.
       attention_mask: `[G, K, L]`, likewise; True on real tokens.
       num_shared: at least 0.
     """
-    num_groups, num_copies, length = tokens.shape
-    cache = init_cache(config, num_groups, num_shared, dtype)
+    _, num_copies, length = tokens.shape
     if num_shared:
         shared = tokens[:, 0, :num_shared], attention_mask[:, 0, :num_shared]
         _, cache = read(shared[0], attention_mask=shared[1], cache=cache)

@@ -19,6 +19,9 @@ from tests import oracles
 from tests.agents import probes
 from tests.agents.tables import random_tables, tables
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 NUM_STATES, NUM_ACTIONS = 6, 4
 CONFIG = ppo.Config(
     num_environments=8, num_steps=16, num_iterations=10, learning_rate=0.02, gamma=0.9
@@ -92,7 +95,6 @@ def learn(probe, config, network: Any) -> Any:
     return network.apply(learned.train.params, jnp.array(probe.observation))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("probe", probes.PROBES, ids=lambda probe: probe.environment.name)
 def test_step_learns_probe(probe):
     config = ppo.Config(
@@ -125,7 +127,6 @@ def test_step_bootstraps_a_timeout_and_not_a_death(probe):
     np.testing.assert_allclose(value, probe.value, rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_step_learns_the_optimal_treatment_whatever_the_seed():
     config = ppo.Config(
         num_environments=64,
@@ -243,7 +244,6 @@ def test_collect_scores_as_the_first_minibatch_does(one_step_episodes):
     np.testing.assert_allclose(value, batch.value[rows], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_masked_actions_are_never_taken_and_their_logits_never_move(
     collect, step, network, state, masked_mdp
 ):
@@ -309,7 +309,6 @@ def test_init_starts_every_environment_at_step_zero(algorithm):
     chex.assert_trees_all_equal(state, algorithm.init(jax.random.key(0)))
 
 
-@pytest.mark.slow
 def test_step_is_a_function_of_its_key(step, algorithm, state):
     first, first_metrics = step(jax.random.key(4), state)
     same, same_metrics = step(jax.random.key(4), state)
@@ -327,7 +326,6 @@ def test_step_is_a_function_of_its_key(step, algorithm, state):
     }
 
 
-@pytest.mark.slow
 def test_step_of_many_seeds_by_vmap_equals_each_seed_alone(algorithm, step):
     keys = jax.random.split(jax.random.key(6), 3)
     states = by_vmap(algorithm.init, jax.random.split(jax.random.key(7), 3))

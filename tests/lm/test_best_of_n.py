@@ -20,6 +20,9 @@ from tests.lm import policy_learning as tiny
 from tests.lm.tiny import END
 from tests.nn.tiny_gpt2 import fast_key
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 MODEL = tiny.POLICY.clone(value_width=None)
 PARAMS = adapters.trunk(tiny.PARAMS)
 
@@ -121,7 +124,6 @@ def test_what_is_kept_is_what_was_scored(draw):
                                       counted[len(asked):])  # fmt: skip
 
 
-@pytest.mark.slow
 def test_select_of_drawn_responses_follows_the_law_of_best_of_n(draw):
     """One-token responses to one prompt, of which there are many copies."""
     count, n = 3000, 3

@@ -34,8 +34,9 @@ class Markov:
     config: Shape = Shape()
 
     def apply(self, variables, inputs, *, method, **masks):
-        if method == "hidden_states":
-            return jax.nn.one_hot(inputs, V)
+        if method == "states_after":
+            own = inputs[:, :, masks["num_shared"] :]
+            return jax.nn.one_hot(own.reshape(-1, own.shape[-1]), V)
         return inputs @ variables["params"]["transformer"]["wte"]["weight"].T
 
 

@@ -21,6 +21,9 @@ from jaxrl_llm.types import Responses
 from tests.lm import policy_learning as tiny
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 MODEL = tiny.POLICY.clone(value_width=None)
 PARAMS = adapters.trunk(tiny.PARAMS)
 REFERENCE = jax.tree.map(lambda leaf: 0.8 * leaf, PARAMS)

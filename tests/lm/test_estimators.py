@@ -12,6 +12,9 @@ import pytest
 from jaxrl_llm.envs import token_mdp
 from jaxrl_llm.lm import estimator_bias, estimators
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 FIXED: dict[str, Any] = {"length": 2}
 RAGGED: dict[str, Any] = {"length": 3, "end_token": 0}
 UNBIASED = (
@@ -135,7 +138,6 @@ def test_biases_measured_are_those_predicted(name):
     assert found.standard_error < 0.1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [FIXED, RAGGED], ids=["fixed", "ragged"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_biases_of_all_estimators_are_those_predicted(seed, size):

@@ -21,6 +21,9 @@ from tests.lm import policy_learning as tiny
 from tests.lm.tiny import END
 from tests.nn.tiny_gpt2 import fast_key
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 MODEL = tiny.POLICY.clone(value_width=None)
 REFERENCE = jax.tree.map(lambda leaf: 0.8 * leaf, adapters.trunk(tiny.PARAMS))
 # Longer than any response, as the denominator of Dr. GRPO.
@@ -158,7 +161,6 @@ def test_advantage_is_scaled_as_its_type_or_the_override_says(
     np.testing.assert_allclose(advantage(config, responses), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 def test_expected_gradient_of_the_kl_is_that_of_the_divergence_that_it_descends(estimator):
     """Over all responses of one token, each with its probability; nothing is scored."""
@@ -212,7 +214,6 @@ def test_equal_scores_give_no_advantage_and_no_gradient(responses):
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_gradient_does_not_depend_on_the_micro_batches(responses, loss_type):
     batch = batch_of(replace(CONFIG, loss_type=loss_type), responses)
@@ -238,7 +239,6 @@ def test_tokens_after_the_end_change_no_bit(responses):
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.slow
 def test_step_learns_the_reward_and_reports_groups_that_teach_nothing():
     update = policy_step.Config(optimizer=tiny.FAST)
     config = grpo.Config(num_iterations=40, rollout=tiny.ROLLOUT, update=update, kl_estimator="k2")

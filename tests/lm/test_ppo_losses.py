@@ -19,6 +19,9 @@ from jaxrl_llm.lm.likelihood import exact_kl, response_likelihood, token_likelih
 from jaxrl_llm.types import TokenBatch
 from tests.lm.policy_learning import PARAMS, POLICY, ROLLOUT, VOCABULARY, random_responses
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 CONFIG = ppo.Config(rollout=replace(ROLLOUT, temperature=0.7), kl_coefficient=0.3)
 BETA = jnp.float32(0.3)
 REFERENCE = jax.tree.map(lambda leaf: 0.9 * leaf, PARAMS)
@@ -229,7 +232,6 @@ def test_loss_equals_its_formula(batch, options):
         assert int(metrics[name].weight) == MASK.sum()
 
 
-@pytest.mark.slow
 def test_loss_at_the_policy_that_drew_has_the_gradient_of_reinforce(batch, gradient):
     now = response_likelihood(POLICY, PARAMS, batch.responses, temperature=0.7)
     drawn = batch.replace(
@@ -248,7 +250,6 @@ def test_loss_at_the_policy_that_drew_has_the_gradient_of_reinforce(batch, gradi
     chex.assert_trees_all_close(result, jax.jit(jax.grad(reinforce))(PARAMS), atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_loss_counts_its_mean_over_the_whole_step(batch, gradient):
     """However the rows are portioned out, though their lengths differ."""
     whole, metrics = gradient(batch)
@@ -278,7 +279,6 @@ def test_loss_ignores_what_stands_after_the_end(batch, gradient):
     chex.assert_trees_all_equal(gradient(batch.replace(responses=scrambled)), gradient(batch))
 
 
-@pytest.mark.slow
 def test_loss_and_metrics_do_not_depend_on_padding(batch):
     """Two columns more after every response, and one before every prompt."""
 
@@ -315,7 +315,6 @@ def text() -> TokenBatch:
     )
 
 
-@pytest.mark.slow
 def test_loss_adds_the_gradient_of_the_mean_likelihood_of_text(batch, gradient, text):
     """The mean over all text of the step, though it goes through the model in two parts."""
     config = replace(CONFIG, text_coefficient=0.4)

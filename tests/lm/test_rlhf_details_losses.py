@@ -40,6 +40,9 @@ from tests.lm.rlhf_details import (
     with_stored,
 )
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 RESPONSES: Any = random_responses(7, num_groups=8)
 MASK = np.asarray(RESPONSES.response_mask)
 LENGTH = MASK.sum(-1)
@@ -87,7 +90,6 @@ def every_response() -> Responses:
     return replace(rows, log_probability=drawn, reference_log_probability=beside)
 
 
-@pytest.mark.slow
 def test_detail_14_the_expected_gradient_of_a_kl_in_the_loss_is_that_of_a_kl():
     """k1's is 0, k2's and the exact sum's that of KL(pi || ref), and k3's that of KL(ref || pi)."""
     rows: Any = every_response()
@@ -276,7 +278,6 @@ def test_detail_21_the_policy_loss_is_the_greater_of_the_negated_terms(dual_clip
         assert float(gradient) == pytest.approx(-r * a if follows else 0, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_detail_22_four_parts_of_a_step_descend_as_one_does():
     """Eight prompts at once, and two at a time, though their responses are of all lengths."""
     assert len(set(MASK.sum((1, 2)).tolist())) > 2

@@ -55,6 +55,9 @@ from tests.lm.rlhf_details import (
 from tests.lm.tiny import CONTEXT, END, PADDING, log_softmax
 from tests.nn.tiny_gpt2 import random_params, run, shapes
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 STOP = 2  # a custom end of a response
 OUTSIDE = 10**6  # no token of the vocabulary
 CUSTOM = replace(CONFIG, stop_tokens=(STOP,), missing_end_penalty=0.25)
@@ -105,7 +108,6 @@ def drawn_alone(responses: Any) -> Any:
     return result
 
 
-@pytest.mark.slow
 def test_detail_01_padding_on_the_left_changes_neither_a_score_nor_a_draw():
     """Not by how much there is, nor by its id, in scoring and in decoding from a cache."""
     asked, left = prompts(), 7
@@ -129,7 +131,6 @@ def test_detail_01_padding_on_the_left_changes_neither_a_score_nor_a_draw():
         assert (scored[..., NUM_NEW:] == 0).all()
 
 
-@pytest.mark.slow
 def test_detail_02_padding_that_is_the_end_token_gives_the_same_loss(experience):
     model = GPT2(replace(POLICY_SHAPE, pad_token_id=None), value_width=8)
     other = collect(CONFIG, model, REWARD, jax.random.key(0), state(), task())
@@ -185,7 +186,6 @@ def test_detail_05_training_refuses_a_law_that_is_cut(capsys):
     assert "top-k" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_detail_05_the_mean_importance_ratio_of_what_is_drawn_is_one():
     """Whatever the policy: E[pi(y) / mu(y)] = 1 for y drawn from mu, unless mu lacks a token."""
     count = 4000

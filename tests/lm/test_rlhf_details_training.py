@@ -48,6 +48,9 @@ from tests.lm.rlhf_details import (
 from tests.lm.tiny import CONTEXT, END, PADDING
 from tests.nn.tiny_gpt2 import random_params
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 DROPPING = GPT2(
     replace(POLICY_SHAPE, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), value_width=8
 )
@@ -71,7 +74,6 @@ def responses() -> Any:
     return drawn.responses
 
 
-@pytest.mark.slow
 def test_detail_23_nothing_drops_out_of_rollout_scoring_and_update(responses):
     dropped = collect(
         CONFIG, DROPPING, REWARD, jax.random.key(0), state(), task(reference=REFERENCE)
@@ -100,7 +102,6 @@ def test_detail_23_nothing_drops_out_of_rollout_scoring_and_update(responses):
     assert np.abs(first - second).max() > 0.1
 
 
-@pytest.mark.slow
 def test_detail_24_every_iteration_and_every_sample_draws_anew():
     """A policy that hardly learns answers one prompt, through the loop that trains."""
     one = jax.tree.map(lambda leaf: jnp.repeat(leaf[2:3], CONFIG.num_prompts, axis=0), prompts())
@@ -203,7 +204,6 @@ def test_detail_28_no_metric_and_no_gradient_depends_on_padding(algorithm, respo
     chex.assert_trees_all_close(found, tight, rtol=1e-4, atol=1e-5 * max(greatest, 1))
 
 
-@pytest.mark.slow
 def test_detail_28_the_early_stop_sees_the_kl_of_tokens_alone(responses):
     """With padding counted in, the mean would be below the target, and the steps be taken."""
     now = score(POLICY, PARAMS, responses, temperature=TEMPERATURE)

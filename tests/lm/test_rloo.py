@@ -20,6 +20,9 @@ from jaxrl_llm.types import Mean, Responses
 from tests.lm import policy_learning as tiny
 from tests.nn.tiny_gpt2 import fast_key
 
+# Whole iterations, and laws over many draws: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 MODEL = tiny.POLICY.clone(value_width=None)
 # Ratios of whole responses are far from 1 here: some are clipped at either end.
 CONFIG = rloo.Config(rollout=tiny.ROLLOUT, kl_coefficient=0.3, clip_epsilon_high=0.4)
@@ -113,7 +116,6 @@ def test_loss_equals_the_clipped_loss_of_whole_responses(own_log_probability):
     np.testing.assert_allclose(metrics["policy_kl"].mean, k3.sum() / mask.sum(), rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_expected_gradient_is_that_of_the_score_less_the_kl_exactly():
     """Over all pairs of responses of one token, each with its probability."""
     beta, prompt = 0.3, 2
@@ -187,7 +189,6 @@ def test_tokens_after_the_end_change_no_bit():
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.slow
 def test_step_learns_the_reward_and_starts_from_a_ratio_of_one():
     rollout = replace(tiny.ROLLOUT, num_samples=4)
     update = policy_step.Config(optimizer=tiny.FAST)

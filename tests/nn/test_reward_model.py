@@ -155,7 +155,8 @@ def test_surprisal_of_the_response_is_read_beside_the_hidden_states():
         at = LENGTH - 5 + np.flatnonzero(response[row])
         surprisal = -log_pi[row, at - 1, TOKENS[row, at]]
         three = (0.1 * surprisal.sum(), surprisal.mean(), surprisal.max())
-        pooled.append(np.concatenate([hidden[row, at].mean(0), three]))
+        weighted = (surprisal[:, None] * hidden[row, at]).mean(0)
+        pooled.append(np.concatenate([hidden[row, at].mean(0), weighted, three]))
     overall, criteria = run(model, params, TOKENS, mask, response)
     expected, by_criterion = naive_scores(params, np.stack(pooled))
     np.testing.assert_allclose(overall, expected, atol=1e-4)

@@ -33,12 +33,10 @@ def test_states_are_those_of_rows_read_alone(params, num_shared):
     real[1, :, : min(num_shared, 2)] = False  # padded on the left
     real[0, 1, -1] = False
     tokens, real = jnp.asarray(tokens), jnp.asarray(real)
-    read = partial(MODEL.apply, {"params": params}, method="hidden_states")
-    together = jax.jit(
-        lambda: shared_prompts.hidden_states(
-            read, MODEL.config, MODEL.dtype, tokens, real, num_shared
-        )
-    )()
+    apply = partial(MODEL.apply, {"params": params})
+    read = partial(apply, method="hidden_states")
+    options = {"attention_mask": real, "num_shared": num_shared, "method": "states_after"}
+    together = jax.jit(lambda: apply(tokens, **options))()
     rows = tokens.reshape(-1, LENGTH), real.reshape(-1, LENGTH)
     alone = jax.jit(lambda: read(rows[0], attention_mask=rows[1]))()[:, num_shared:]
     seen = np.asarray(rows[1])[:, num_shared:]
