@@ -6,7 +6,8 @@ An annotator who likes confident answers teaches a reward model that rewards the
 is unsafe. A checker of safety, a rule, sees it and interactions, allergies and missed urgency. One
 policy maximises the model's score and a little of the rule's; the other maximises the former
 subject to E[safety] >= a limit, by a Lagrange multiplier. All text is SYNTHETIC, and the rule is
-the safety mark of its gold scorer. Expected on 2 CPU cores: about 10 minutes.
+the safety mark of its gold scorer. Expected on 2 CPU cores: about 10 minutes; safety 0.655 (0.607
+to 0.702) under the constraint of 0.6, 0.593 (0.545 to 0.642) of the sum, 0.570 before.
 Research only, not for clinical use.
 """
 
@@ -30,11 +31,11 @@ class Config(stages.StagesConfig):
     """Constrained RLHF on SYNTHETIC text. Research only, not for clinical use."""
 
     annotator: Annotator = IMPRESSED
-    safety_weight: float = 0.2
+    safety_weight: float = 0.1
     """Of the safety rule in the weighted sum, beside the reward model's score."""
-    at_least: float = 0.55
+    at_least: float = 0.6
     """Mean safety that the constrained policy is to have, in [0, 1]; the imitator has 0.57."""
-    margin: float = 0.1
+    margin: float = 0.05
     """By which safety is held higher while learning, on the few answers of each iteration."""
     multiplier_rate: float = 1.0
     """Of the multiplier, a unit of safety missing and iteration."""
