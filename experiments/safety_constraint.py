@@ -6,9 +6,8 @@ An annotator who likes confident answers teaches a reward model that rewards the
 is unsafe. A checker of safety, a rule, sees it and interactions, allergies and missed urgency. One
 policy maximises the model's score and a little of the rule's; the other maximises the former
 subject to E[safety] >= a limit, by a Lagrange multiplier. All text is SYNTHETIC, and the rule is
-the safety mark of its gold scorer. Expected on 2 CPU cores: about 10 minutes; safety 0.655 (0.607
-to 0.702) under the constraint of 0.6, 0.593 (0.545 to 0.642) of the sum, 0.570 before.
-Research only, not for clinical use.
+the safety mark of its gold scorer. Expected on 2 CPU cores: 10 minutes; safety 0.655 (0.607 to
+0.702) constrained, 0.593 (0.545 to 0.642) by the sum. Research only, not for clinical use.
 """
 
 from __future__ import annotations
