@@ -6,8 +6,8 @@
     state, metrics = algorithm.step(step_key, state, pairs)
 
 The loss is that of `reward`, of all pairs at once, and convex but for ratings; the weights of the
-heads are few, and their features of very unlike scales. So L-BFGS, on standardised features, is
-where Adam would need tens of thousands of steps: a hundred take seconds.
+heads are few, and their features of very unlike scales. So it is L-BFGS, on standardised features:
+a hundred steps on 5000 pairs take seconds on a CPU.
 
 Source: Liu and Nocedal (1989), "On the limited memory BFGS method for large scale optimization".
 """
