@@ -120,6 +120,7 @@ def test_every_module_has_a_test_file_in_the_mirrored_folder() -> None:
     mirrored = {
         path: ROOT / "tests" / path.relative_to(LIBRARY).with_name(f"test_{path.name}")
         for path in LIBRARY_MODULES
+        if path != LIBRARY / "types" / "arrays.py"  # three names, nothing to call
     }
     assert [_relative(test) for test in mirrored.values() if not test.exists()] == []
 

@@ -1,0 +1,45 @@
+"""Every pytree and protocol shared by two or more parts of the library.
+
+One file a subject: `decision_process`, `experience`, `tokens`, `learning`; import them from here.
+"""
+
+from __future__ import annotations
+
+from jaxrl_llm.types.arrays import Array, Key, PyTree
+from jaxrl_llm.types.decision_process import MDP, POMDP, Solution, SuccessorMDP
+from jaxrl_llm.types.experience import (
+    Box,
+    Discrete,
+    Environment,
+    Policy,
+    Space,
+    TimeStep,
+    Trajectories,
+    Transition,
+)
+from jaxrl_llm.types.learning import Algorithm, Mean, TrainState
+from jaxrl_llm.types.tokens import KVCache, Responses, TokenBatch
+
+__all__ = [
+    "MDP",
+    "POMDP",
+    "Algorithm",
+    "Array",
+    "Box",
+    "Discrete",
+    "Environment",
+    "KVCache",
+    "Key",
+    "Mean",
+    "Policy",
+    "PyTree",
+    "Responses",
+    "Solution",
+    "Space",
+    "SuccessorMDP",
+    "TimeStep",
+    "TokenBatch",
+    "TrainState",
+    "Trajectories",
+    "Transition",
+]
