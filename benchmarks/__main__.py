@@ -24,7 +24,17 @@ from rich.table import Table
 
 from benchmarks import harness, machine
 
-MODULES = ("bellman", "returns", "environments", "ppo", "gpt2", "rlhf")
+MODULES = (
+    "bellman",
+    "sparse_bellman",
+    "tabular",
+    "off_policy_evaluation",
+    "returns",
+    "environments",
+    "ppo",
+    "gpt2",
+    "rlhf",
+)
 COLUMNS = (
     "case",
     "median (quartiles)",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Peer
 from jaxrl_llm.envs import icu_sepsis
 from jaxrl_llm.kernels import bellman
 from jaxrl_llm.types import MDP, Solution, SuccessorMDP
@@ -22,12 +22,14 @@ DISCOUNT = 0.99
 EPSILON = 1e-6
 TOLERANCE = EPSILON / 2 * (1 - DISCOUNT)
 NUM_PROBLEMS = 1000
+NUM_SWEEPS = 20
 
 
 def cases() -> Iterable[Case]:
-    """ICU-Sepsis, one large dense problem, and batches of small ones."""
+    """ICU-Sepsis, large dense problems, and batches of small ones."""
     yield from _icu_sepsis()
     yield from _dense()
+    yield from _bandwidth()
     yield from _batches()
 
 
@@ -39,7 +41,7 @@ def _icu_sepsis() -> Iterable[Case]:
     for name, problem in (("all-actions", free), ("admissible", masked)):
         yield Case(
             name=f"icu-sepsis-{name}-float64",
-            function=_in_float64(partial(bellman.inexact_policy_iteration, tolerance=TOLERANCE)),
+            function=in_float64(partial(bellman.inexact_policy_iteration, tolerance=TOLERANCE)),
             arguments=(problem,),
             items=1,
             unit="solutions",
@@ -55,15 +57,14 @@ def _sparse_peer(problem: SuccessorMDP) -> Any:
 def _dense() -> Iterable[Case]:
     """1000 states x 10 actions, by sweeps that are bound by memory and by fewer of them."""
     with jax.enable_x64(True):
-        problem = _random_problems(1, 1000, 10, np.float64)
-        problem = jax.tree.map(lambda leaf: leaf[0], problem)
+        problem = _random_problem(1000, 10, np.float64)
     transition_bytes = problem.transition.nbytes
     methods: list[Literal["value_iteration", "modified_policy_iteration"]]
     methods = ["value_iteration", "modified_policy_iteration"]
     for method in methods:
         yield Case(
             name=f"dense-1000x10-{method.replace('_', '-')}-float64",
-            function=_in_float64(partial(getattr(bellman, method), tolerance=TOLERANCE)),
+            function=in_float64(partial(getattr(bellman, method), tolerance=TOLERANCE)),
             arguments=(problem,),
             items=1,
             unit="solutions",
@@ -73,7 +74,7 @@ def _dense() -> Iterable[Case]:
         )
     yield Case(
         name="dense-1000x10-modified-policy-iteration-float64-mdptoolbox",
-        function=_in_float64(partial(bellman.modified_policy_iteration, tolerance=TOLERANCE)),
+        function=in_float64(partial(bellman.modified_policy_iteration, tolerance=TOLERANCE)),
         arguments=(problem,),
         items=1,
         unit="solutions",
@@ -82,6 +83,40 @@ def _dense() -> Iterable[Case]:
         ),
         agree=lambda ours, theirs: np.testing.assert_array_equal(ours.policy, theirs.policy),
     )
+
+
+def _bandwidth() -> Iterable[Case]:
+    """3000 states x 8 actions, 576 MB of float64: a sweep takes what reading them takes."""
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype is np.float64):
+            problem = _random_problem(3000, 8, dtype)
+        solve = partial(bellman.value_iteration, tolerance=0.0, max_iterations=NUM_SWEEPS)
+        transition_bytes = problem.transition.nbytes
+        yield Case(
+            name=f"dense-3000x8-{NUM_SWEEPS}-sweeps-{np.dtype(dtype).name}",
+            function=in_float64(solve) if dtype is np.float64 else jax.jit(solve),
+            arguments=(problem,),
+            items=NUM_SWEEPS,
+            unit="sweeps",
+            peer=partial(_numpy_sweeps, problem),
+            agree=lambda ours, theirs: np.testing.assert_allclose(ours.value, theirs, rtol=1e-4),
+            work=lambda solution, size=transition_bytes: {
+                "streamed_bytes": size * int(solution.iterations)
+            },
+        )
+
+
+def _numpy_sweeps(problem: MDP) -> Peer:
+    rows = np.asarray(problem.transition).reshape(-1, problem.num_states)
+    reward, discount = np.asarray(problem.reward)[..., 0], np.asarray(problem.discount)
+
+    def sweeps() -> np.ndarray:
+        value = np.zeros(problem.num_states, rows.dtype)
+        for _ in range(NUM_SWEEPS):
+            value = (reward + discount * (rows @ value).reshape(reward.shape)).max(-1)
+        return value
+
+    return Peer("NumPy", sweeps)
 
 
 def _batches() -> Iterable[Case]:
@@ -94,7 +129,7 @@ def _batches() -> Iterable[Case]:
             solve = jax.vmap(partial(bellman.modified_policy_iteration, tolerance=tolerance))
             yield Case(
                 name=f"batch-{NUM_PROBLEMS}-{kind}-50x5-{np.dtype(dtype).name}",
-                function=_in_float64(solve) if dtype is np.float64 else jax.jit(solve),
+                function=in_float64(solve) if dtype is np.float64 else jax.jit(solve),
                 arguments=(problems,),
                 items=NUM_PROBLEMS,
                 unit="solutions",
@@ -108,13 +143,13 @@ def _batch_peer(problems: MDP) -> Any:
     return peers.quantecon(each, method="policy_iteration", tolerance=EPSILON)
 
 
-def _in_float64(solve: Callable[[Any], Solution]) -> Callable[[Any], Solution]:
+def in_float64(solve: Callable[..., Solution]) -> Callable[..., Solution]:
     """`solve`, jitted, with 64-bit types enabled around the call and not inside the program."""
     jitted = jax.jit(solve)
 
-    def call(problem: Any) -> Solution:
+    def call(*arguments: Any) -> Solution:
         with jax.enable_x64(True):
-            return jitted(problem)
+            return jitted(*arguments)
 
     return call
 
@@ -124,6 +159,10 @@ def _same_values(ours: Solution, theirs: list[Any]) -> None:
     tolerance = EPSILON if value.dtype == np.float64 else 5e-4 * np.abs(value).max()
     expected = np.stack([result.v for result in theirs])
     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
+
+
+def _random_problem(num_states: int, num_actions: int, dtype: Any) -> MDP:
+    return jax.tree.map(lambda leaf: leaf[0], _random_problems(1, num_states, num_actions, dtype))
 
 
 def _random_problems(

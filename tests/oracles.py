@@ -97,6 +97,29 @@ M2_BEHAVIOUR = np.array([[0.75, 0.25], [0.4, 0.6]])
 M2_BEHAVIOUR_VALUE = np.array([4.6728, 5.5507])
 M2_EVALUATED = np.array([[0.2, 0.8], [0.9, 0.1]])
 M2_EVALUATED_VALUE = np.array([12.6938, 13.4840])
+# Fixed points on M2, by sweeps in NumPy: expected SARSA that explores with probability .1; soft Q
+# at temperature 1, its V, and its probabilities of the greedy action in each state.
+M2_EXPECTED_SARSA_Q = np.array([[12.8488, 14.2797], [14.9719, 13.3720]])
+M2_SOFT_Q = np.array([[15.3243, 16.7438], [17.4442, 15.8337]])
+M2_SOFT_VALUE = np.array([16.9604, 17.6263])
+M2_SOFT_GREEDY_PROBABILITY = np.array([0.80526, 0.83347])
+# Offline, with data of the behaviour policy and half the mean squared error: conservative (CQL)
+# values of the evaluated policy at penalty .5 and Q of control at penalty 1; values of implicit
+# Q-learning by expectile level; its policy at level .7, inverse temperature 3, weights up to 100.
+M2_CONSERVATIVE_VALUE = np.array([5.9688, 6.9848])
+M2_CONSERVATIVE_Q = np.array([[6.3258, 6.4865], [7.6102, 7.1527]])
+M2_IMPLICIT_VALUE = {
+    0.5: np.array([4.6728, 5.5507]),
+    0.7: np.array([7.6650, 8.5648]),
+    0.9: np.array([11.9867, 12.7843]),
+    0.999: np.array([14.9320, 15.6230]),
+}
+M2_ADVANTAGE_WEIGHTED = np.array([[0.02654, 0.97346], [0.98228, 0.01772]])
+# The best return with a discounted cost of at most 5, by linear programming over occupancies.
+M2_BUDGET = 5.0
+M2_CONSTRAINED_RETURN = 7.7931
+M2_MULTIPLIER = 1.43448
+M2_CONSTRAINED = np.array([[0.69378, 0.30622], [1, 0]])
 
 
 def two_state_mdp() -> MDP:

@@ -12,6 +12,7 @@ or at the rounding error of the dtype if that is larger; V is then within
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.sparse.linalg import bicgstab
 
+from jaxrl_llm.kernels import exploration
 from jaxrl_llm.kernels.fixed_point import (
     Iterate,
     Model,
@@ -29,10 +31,11 @@ from jaxrl_llm.kernels.fixed_point import (
     greedy,
     rounding_error,
     solution,
+    successive_approximation,
 )
 from jaxrl_llm.types import MDP, Array, Solution, SuccessorMDP
 
-# Forcing terms of inexact policy iteration: each evaluation shrinks the residual by this factor.
+# Forcing terms of inexact policy iteration: each Krylov solve shrinks the residual by this factor.
 # With discount 1 a loose value may invite the next policy to circle for ever.
 _FORCING, _FORCING_UNDISCOUNTED = 0.03, 0.001
 
@@ -62,7 +65,7 @@ def policy_evaluation(mdp: Problem, policy: Array, *, tolerance: float | Array =
     """V of `policy`, by solving (I - discount · P_policy) V = r_policy directly.
 
     Args:
-      mdp: the problem.
+      mdp: the problem; where its matrix `[S, S]` does not fit, see `krylov_policy_evaluation`.
       policy: action probabilities `[S, A]`, or one action a state `[S]` (integers).
       tolerance: of the residual of the linear system.
 
@@ -78,6 +81,38 @@ def policy_evaluation(mdp: Problem, policy: Array, *, tolerance: float | Array =
     residual = jnp.max(jnp.abs(average(q, policy) - value))
     iterate = Iterate(value, q, residual, jnp.int32(1), jnp.bool_(True), ())
     return solution(model, iterate, tolerance)
+
+
+def krylov_policy_evaluation(
+    mdp: Problem,
+    policy: Array,
+    *,
+    tolerance: float | Array = 1e-6,
+    max_iterations: int | Array = 1000,
+) -> Solution:
+    """V of `policy`, by BiCGStab: the direct solve where the matrix `[S, S]` would not fit.
+
+    Args:
+      mdp: the problem; no matrix `[S, S]` is formed.
+      policy: as in `policy_evaluation`.
+      tolerance: of the sup-norm residual, which is measured anew after every solve.
+      max_iterations: most solves.
+
+    Returns:
+      A `Solution` as `policy_evaluation` gives; `iterations` counts solves.
+
+    Source: van der Vorst (1992), "Bi-CGSTAB", restarted.
+    """
+    model = Model.of(mdp)
+    chain = model.chain(policy)
+
+    def backup(q: Array) -> Array:
+        return average(q, policy)
+
+    def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
+        return iterate.value + _correction(model, chain, backup(iterate.q) - iterate.value), ()
+
+    return fixed_point(model, backup, update, tolerance, max_iterations)
 
 
 def iterative_policy_evaluation(
@@ -104,10 +139,36 @@ def iterative_policy_evaluation(
     def backup(q: Array) -> Array:
         return average(q, policy)
 
-    def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
-        return backup(iterate.q), ()
+    return successive_approximation(Model.of(mdp), backup, tolerance, max_iterations)
 
-    return fixed_point(Model.of(mdp), backup, update, tolerance, max_iterations)
+
+def expected_sarsa(
+    mdp: Problem,
+    *,
+    epsilon: float | Array,
+    tolerance: float | Array = 1e-6,
+    max_iterations: int | Array = 100_000,
+) -> Solution:
+    """What expected SARSA learns: Q = E[r + discount · Q(s', a')], a' epsilon-greedy in Q itself.
+
+    Args:
+      mdp: the problem.
+      epsilon: in [0, 1]; 0 is `value_iteration`, 1 evaluates the uniform policy.
+      tolerance: of the residual.
+      max_iterations: most sweeps.
+
+    Returns:
+      A `Solution`: `value` is that of the epsilon-greedy policy, the best that explores so much;
+      `policy` is greedy. `iterations` counts sweeps.
+
+    Source: Sutton & Barto (2018), equation 6.9.
+    """
+
+    def backup(q: Array) -> Array:
+        law = jax.vmap(exploration.epsilon_greedy, in_axes=(0, None, 0))
+        return average(q, law(q, epsilon, mdp.action_mask))
+
+    return successive_approximation(Model.of(mdp), backup, tolerance, max_iterations)
 
 
 def value_iteration(
@@ -137,10 +198,7 @@ def value_iteration(
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
 
-        def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
-            return model.best(iterate.q), ()
-
-        return fixed_point(model, model.best, update, tolerance, max_iterations)
+        return successive_approximation(model, model.best, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
 
@@ -272,26 +330,31 @@ def inexact_policy_iteration(
 
     def solve(mdp: Problem, tolerance: Array, max_iterations: Array) -> Solution:
         model = Model.of(mdp)
-        # Declared a float by `bicgstab`, which only multiplies with it.
-        forcing: Any = jnp.where(mdp.discount < 1, _FORCING, _FORCING_UNDISCOUNTED)
 
         def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
             chain = model.chain(greedy(iterate.q, mdp.action_mask))
             gap = model.best(iterate.q) - iterate.value
 
-            def system(change: Array) -> Array:
-                return change - model.discount * chain(change)
-
-            correction, _ = bicgstab(system, gap, tol=forcing, maxiter=100)
-            # The system of a policy that never ends is singular: then a sweep takes its place.
-            error = jnp.linalg.norm(system(correction) - gap)
-            error = error + rounding_error(jnp.linalg.norm(correction))
-            solved = error < jnp.linalg.norm(gap)
-            return iterate.value + jnp.where(solved, correction, gap), ()
+            return iterate.value + _correction(model, chain, gap), ()
 
         return fixed_point(model, model.best, update, tolerance, max_iterations)
 
     return batchable(solve, mdp, tolerance, max_iterations)
+
+
+def _correction(model: Model, chain: Callable[[Array], Array], gap: Array) -> Array:
+    """A loose solution d of (I - discount · P) d = `gap`; `gap` itself where none was found."""
+    # Declared a float by `bicgstab`, which only multiplies with it.
+    forcing: Any = jnp.where(model.mdp.discount < 1, _FORCING, _FORCING_UNDISCOUNTED)
+
+    def system(change: Array) -> Array:
+        return change - model.discount * chain(change)
+
+    correction, _ = bicgstab(system, gap, tol=forcing, maxiter=100)
+    # The system of a policy that never ends is singular: then a sweep takes its place.
+    error = jnp.linalg.norm(system(correction) - gap)
+    error = error + rounding_error(jnp.linalg.norm(correction))
+    return jnp.where(error < jnp.linalg.norm(gap), correction, gap)
 
 
 def successor_form(mdp: MDP) -> SuccessorMDP:

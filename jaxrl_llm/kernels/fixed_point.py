@@ -73,7 +73,9 @@ class Model(NamedTuple):
         return jnp.max(jnp.where(self.mdp.action_mask, q, -jnp.inf), axis=-1)
 
     def chain(self, policy: Array) -> Callable[[Array], Array]:
-        """value `[S]` -> E[value(s')] `[S]` under one action a state."""
+        """value `[S]` -> E[value(s')] `[S]` under actions `[S]` or probabilities `[S, A]`."""
+        if policy.ndim == 2:
+            return lambda value: average(self.mdp.expect(value), policy)
         restricted = self.mdp.restrict(policy)
         return lambda value: restricted.expect(value)[:, 0]
 
@@ -81,12 +83,15 @@ class Model(NamedTuple):
         chain, reward = self.chain(policy), average(self.reward, policy)
         return lambda value: reward + self.discount * chain(value)
 
+    def system(self, policy: Array) -> Array:
+        """I - discount · P_policy, `[S, S]`; a terminal state's row is that of the identity."""
+        identity = jnp.eye(self.mdp.num_states, dtype=self.reward.dtype)
+        return identity - self.discount[:, None] * self.mdp.under(policy)
+
     def solve(self, policy: Array) -> Evaluation:
-        matrix = jnp.eye(self.mdp.num_states, dtype=self.reward.dtype)
-        matrix = matrix - self.discount[:, None] * self.mdp.under(policy)
         alive = jnp.where(self.mdp.terminal, 0, jnp.ones_like(self.discount))
         sides = jnp.stack([average(self.reward, policy), alive], axis=1)
-        value, duration = jnp.linalg.solve(matrix, sides).T
+        value, duration = jnp.linalg.solve(self.system(policy), sides).T
         # The longest duration is the norm of the inverse matrix: beyond 1 / rounding, the matrix
         # is singular to working precision, and its finite "solution" is noise.
         ends = rounding_error(jnp.max(jnp.abs(duration))) < 1
@@ -142,6 +147,20 @@ def fixed_point(
     first = look(value, q, jnp.int32(0), jnp.bool_(True), memory)
     iterate = jax.lax.while_loop(unfinished, body, first)
     return solution(model, iterate, tolerance)
+
+
+def successive_approximation(
+    model: Model,
+    backup: Callable[[Array], Array],
+    tolerance: float | Array,
+    max_iterations: int | Array,
+) -> Solution:
+    """The fixed point of a contraction, by sweeps V <- backup(Q(V)) from 0."""
+
+    def update(iterate: Iterate) -> tuple[Array, tuple[()]]:
+        return backup(iterate.q), ()
+
+    return fixed_point(model, backup, update, tolerance, max_iterations)
 
 
 def solution(model: Model, iterate: Iterate, tolerance: float | Array) -> Solution:
