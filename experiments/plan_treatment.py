@@ -41,8 +41,7 @@ class Config(experiment.RunConfig):
     """Of all arithmetic."""
 
     def validate(self) -> None:
-        if not self.problems:
-            raise ValueError("problems is empty; name at least one")
+        checks.not_empty("problems", self.problems)
         checks.at_least("tolerance", self.tolerance, 0)
 
 

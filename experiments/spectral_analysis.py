@@ -2,32 +2,29 @@
 
     python -m experiments.spectral_analysis
 
-Expected on 2 CPU cores: about a minute. The patient chain has |lambda_2| = 0.838658 and relaxes in
-5.683346 steps; on ICU-Sepsis a stay lasts 9.4623 (random), 9.2380 (clinicians) or 10.9917 steps
-(optimal), and 0.7801, 0.7818 or 0.8751 survive it. Research only, not for clinical use.
+Expected on 2 CPU cores: about a minute. The patient chain relaxes in 5.683346 steps; a stay on
+ICU-Sepsis lasts 9.4623 (random) to 10.9917 (optimal). Research only, not for clinical use.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from jaxrl_llm import make_mdp
+from jaxrl_llm import checks, make_mdp
 from jaxrl_llm.envs import chain, icu_sepsis, treatment
 from jaxrl_llm.kernels import bellman, markov_chain
 from jaxrl_llm.training import cli, experiment, spectrum
 
 Chain = Literal["patient", "illness", "treatment", "ward_rota", "random", "clinicians", "optimal"]
 SHIFTS = [f"{shift}, team {team}" for shift in ("Day", "Evening", "Night") for team in "AB"]
-# In closed form, or solved independently; of ICU-Sepsis the mean stay, and who survives it.
 STAYS = {"random": (9.4623, 0.7801), "clinicians": (9.2380, 0.7818), "optimal": (10.9917, 0.8751)}
 ORACLES = {
     "patient": {"second eigenvalue": 0.838658, "relaxation time": 5.683346},
-    "illness": {"second eigenvalue": 0.6 + sqrt(0.02), "long run Healthy": 9 / 14},
+    "illness": {"second eigenvalue": 0.6 + 0.02**0.5, "long run Healthy": 9 / 14},
     "treatment": {"absorbed in Recovered": 1.0},
     "ward_rota": {"largest modulus below 1": 0.6, f"long run {SHIFTS[0]}": 1 / 6},
 } | {k: {"time to absorption": t, "absorbed in Survival": p} for k, (t, p) in STAYS.items()}
@@ -39,6 +36,9 @@ class Config(experiment.RunConfig):
 
     chains: tuple[Chain, ...] = get_args(Chain)
     """What to analyse; `random`, `clinicians` and `optimal` are policies on ICU-Sepsis."""
+
+    def validate(self) -> None:
+        checks.not_empty("chains", self.chains)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -71,8 +71,8 @@ def problem(name: Chain) -> tuple[Any, ...]:
         mdp, names = chain.mdp(name=name), chain.state_names(name=name)
     if name in ("treatment", "optimal"):
         return mdp, bellman.policy_iteration(mdp).policy, names
-    is_expert = name == "clinicians"
-    return mdp, icu_sepsis.expert_policy() if is_expert else bellman.uniform_policy(mdp), names
+    expert = name == "clinicians"
+    return mdp, icu_sepsis.expert_policy() if expert else bellman.uniform_policy(mdp), names
 
 
 if __name__ == "__main__":

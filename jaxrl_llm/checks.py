@@ -41,6 +41,12 @@ def at_least(name: str, value: float, low: float) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
 
 
+def not_empty(name: str, values: Collection[object]) -> None:
+    """Raises ValueError unless `values` has an element."""
+    if not values:
+        raise ValueError(f"{name} is empty; name at least one")
+
+
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless `value` is in [`low`, `high`]."""
     if not low <= value <= high:

@@ -57,6 +57,12 @@ def changed(name: str, place: Any, value: object) -> dict[str, Any]:
     return {**arguments, name: array}
 
 
+def test_not_empty_names_what_is():
+    checks.not_empty("problems", ("one",))
+    with pytest.raises(ValueError, match=r"^problems is empty; name at least one$"):
+        checks.not_empty("problems", ())
+
+
 def test_mdp_returns_the_same_object():
     mdp = jaxrl_llm.make_mdp(**valid_arguments())
     assert checks.mdp(mdp) is mdp

@@ -107,8 +107,7 @@ def _bernoulli(expected: np.ndarray) -> Bandit:
 
 
 def _probabilities(probability: Sequence[float]) -> np.ndarray:
-    if not len(probability):
-        raise ValueError("probability is empty; give at least one arm")
+    checks.not_empty("probability", probability)
     for arm, value in enumerate(probability):
         checks.between(f"probability[{arm}]", value, 0, 1)
     return np.asarray(probability, float)

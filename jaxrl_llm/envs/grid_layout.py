@@ -53,8 +53,7 @@ class Layout:
             raise ValueError(
                 f"action_names is {self.action_names}; it must be {tuple(STEPS)} in some order"
             )
-        if not self.goals:
-            raise ValueError("goals is empty; name at least one cell")
+        checks.not_empty("goals", self.goals)
         seen: dict[Cell, str] = {}
         for name in ("goals", "obstacles", "hazards"):
             for index, cell in enumerate(getattr(self, name)):

@@ -77,7 +77,7 @@ def test_walk_without_slip_lists_one_successor():
     [
         ({"rows": 0}, "rows is 0; it must be at least 1"),
         ({"columns": 0}, "columns is 0; it must be at least 1"),
-        ({"goals": ()}, "goals is empty; name at least one cell"),
+        ({"goals": ()}, "goals is empty; name at least one"),
         (
             {"goals": ((0, 3),)},
             "goals[0] is (0, 3); it must be a (row, column) of a grid of 2 x 3 cells",
