@@ -93,6 +93,20 @@ def agreement(runs: Mapping[str, SolverRun]) -> str:
     )
 
 
+def gap_to_second_best(
+    q: NDArray[np.floating], action_mask: NDArray[np.bool_]
+) -> NDArray[np.floating]:
+    """What the second-best allowed action loses `[S]`; infinite where only one is allowed.
+
+    Args:
+      q: `[S, A]`.
+      action_mask: `[S, A]`.
+    """
+    allowed = np.where(action_mask, q, -np.inf)
+    ordered = np.sort(np.pad(allowed, ((0, 0), (1, 0)), constant_values=-np.inf), axis=1)
+    return ordered[:, -1] - ordered[:, -2]
+
+
 def show_plan(
     stem: Path,
     title: str,
@@ -129,8 +143,7 @@ def show_plan(
     plotting.save_figure(figure, f"{stem}_policy.png")
     if not is_small:
         return
-    ordered = np.sort(np.where(mdp.action_mask, solution.q, -np.inf), axis=1)
-    gaps = ordered[:, -1] - ordered[:, -2]
+    gaps = gap_to_second_best(np.asarray(solution.q), np.asarray(mdp.action_mask))
     rows = [
         (
             state_name,

@@ -245,3 +245,10 @@ def test_show_methods_prints_a_line_a_method(capsys):
     assert lines[1] == ["method", "gold", "score", "kl"]
     assert lines[3] == "sft 0.500 (0.400 to 0.600) 0.000".split()
     assert lines[4] == "ppo 0.750 (0.700 to 0.800) 1.500 (1.250 to 2.000)".split()
+
+
+def test_gap_to_second_best_counts_allowed_actions_alone():
+    q = np.array([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5], [1.0, 5.0, 4.0]])
+    mask = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 0]], bool)
+    np.testing.assert_array_equal(report.gap_to_second_best(q, mask), [0.5, 2, np.inf])
+    np.testing.assert_array_equal(report.gap_to_second_best(q[:2, :1], mask[:2, :1]), [np.inf] * 2)
