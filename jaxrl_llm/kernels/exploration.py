@@ -26,8 +26,8 @@ def epsilon_greedy(q: Array, epsilon: float | Array, mask: Array | None = None) 
 
     Source: Sutton & Barto (2018), section 2.2.
 
-    >>> epsilon_greedy(jnp.array([1.0, 2.0, 2.0]), 0.3).round(3).tolist()
-    [0.1, 0.45, 0.45]
+    >>> epsilon_greedy(jnp.array([1.0, 2.0, 2.0, 0.0]), 0.5).tolist()
+    [0.125, 0.375, 0.375, 0.125]
     """
     allowed = jnp.ones(q.shape, bool) if mask is None else mask
     best = allowed & (q >= jnp.max(jnp.where(allowed, q, -jnp.inf)))
@@ -67,8 +67,8 @@ def boltzmann(q: Array, temperature: float | Array, mask: Array | None = None) -
     Returns:
       `[A]`, exactly 0 where not allowed.
 
-    >>> boltzmann(jnp.array([1.0, 0.5, 0.0]), 0.5).round(5).tolist()
-    [0.66524, 0.24473, 0.09003]
+    >>> print(boltzmann(jnp.array([1.0, 0.5, 0.0]), 0.5).round(5))
+    [0.66524 0.24473 0.09003]
     """
     return jnp.exp(policy_gradient.log_policy(q / temperature, mask))
 
