@@ -75,6 +75,7 @@ def test_masked_moments_and_gradients_are_finite_without_spread(moment, count):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_masked_moments_have_correct_gradients(x64):
     values, mask = jnp.array(VALUES[0]), jnp.array(MASK[0])
     for moment in MOMENTS:
@@ -142,6 +143,7 @@ def test_associative_scan_equals_scan(length):
     np.testing.assert_allclose(parallel, sequential, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_associative_scan_has_the_gradients_of_scan(x64):
     steps, last = random_steps(6), jnp.array(0.5)
 
@@ -189,6 +191,7 @@ def assert_trees_close(actual, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 13, 16])
 @pytest.mark.parametrize("chunk_size", [4, 5, 100, None])
 def test_token_log_probabilities_equal_those_of_a_whole_softmax(size, chunk_size, x64):
@@ -199,6 +202,7 @@ def test_token_log_probabilities_equal_those_of_a_whole_softmax(size, chunk_size
     assert_trees_close(actual, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [4, None])
 def test_token_log_probabilities_have_correct_gradients(chunk_size, x64):
     hidden, embedding, targets = random_tokens(6)
@@ -246,6 +250,7 @@ def test_token_log_probabilities_are_finite_at_extreme_logits():
         assert all(np.isfinite(x).all() for x in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 5), (16, 3), (1, 1)])
 def test_rows_one_group_after_another_equal_all_at_once(shape):
     """Each platform runs one of the two; here both run on whichever there is."""
@@ -255,6 +260,7 @@ def test_rows_one_group_after_another_equal_all_at_once(shape):
     assert_trees_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_token_log_probabilities_of_sharded_tokens_gather_nothing():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     along, whole = (
@@ -272,6 +278,7 @@ def test_token_log_probabilities_of_sharded_tokens_gather_nothing():
     assert not re.search("all-gather|all-to-all|collective-permute", program)
 
 
+@pytest.mark.slow
 def test_token_log_probabilities_take_a_quarter_of_the_memory_of_a_whole_softmax():
     hidden = jax.ShapeDtypeStruct((4 * 1024, 64), jnp.float32)
     embedding = jax.ShapeDtypeStruct((50257, 64), jnp.float32)
@@ -306,6 +313,7 @@ def test_random_permutation_is_a_bijection(n):
         assert (first == np.arange(n)).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_random_permutation_jit_equals_eager_and_vmap_equals_a_loop():
     permute = partial(numerics.random_permutation, n=100)
     batched = jax.jit(jax.vmap(permute))(jax.random.split(jax.random.key(0), 3))
@@ -325,6 +333,7 @@ def chi_squared_excess(cells):
     return (statistic - degrees) / np.sqrt(2 * degrees)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 8, 10, 100])
 def test_random_permutation_sends_every_index_anywhere_equally_often(n):
     samples = permutations(n)

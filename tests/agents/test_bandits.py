@@ -33,6 +33,7 @@ def final_regret(strategy, problem, num_runs, seed=0):
     return float(regret.mean()), float(regret.std(ddof=1)) / num_runs**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_play_loses_what_the_exact_computation_says(name):
     strategy, certain = EXACT[name]
@@ -59,6 +60,7 @@ def test_exp3_keeps_its_promise_where_others_are_fooled():
     assert greedy > problem.fixed_regret * 0.99
 
 
+@pytest.mark.slow
 def test_linucb_learns_what_arms_without_context_cannot():
     problem = problems.linear(jax.random.key(1), 300, deviation=0.1)
     informed, _ = final_regret(bandits.linucb(width=0.5), problem, 20)
@@ -96,6 +98,7 @@ def test_play_reports_what_it_did():
     np.testing.assert_allclose(run.regret, np.cumsum(arm), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_play_many_is_each_run_alone():
     problem = problems.linear(jax.random.key(0), 12)
     many = bandits.play_many(bandits.linucb(), jax.random.key(3), problem, 3)

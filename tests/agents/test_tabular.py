@@ -73,6 +73,7 @@ def sequential(config, mdp, words, state, action):
     return q
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["q_learning", "sarsa"])
 def test_one_patient_is_the_sequential_algorithm(method):
     config = tabular.Config(
@@ -91,6 +92,7 @@ def test_one_patient_is_the_sequential_algorithm(method):
     assert int(learned.num_episodes) == int(metrics["episode_return"].weight) > 10
 
 
+@pytest.mark.slow
 def test_patients_who_never_meet_are_each_a_sequential_update():
     """64 patients in 64 absorbing states of their own."""
     mdp = make_mdp(np.eye(64)[:, None], np.arange(64.0)[:, None], 0.5)
@@ -103,6 +105,7 @@ def test_patients_who_never_meet_are_each_a_sequential_update():
     np.testing.assert_allclose(after.q[:, 0], 0.25 * np.arange(64.0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_patients_who_meet_move_the_pair_once_towards_the_mean():
     mdp = make_mdp(np.ones((1, 1, 1)), np.ones((1, 1)), 0.0)
     for decay, expected in ((0.0, 1 - 0.75**8), (1.0, 1.0)):
@@ -115,6 +118,7 @@ def test_patients_who_meet_move_the_pair_once_towards_the_mean():
         assert state.visits.sum() == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected", "tolerance"),
     [
@@ -138,6 +142,7 @@ def test_learners_reach_their_fixed_point(options, expected, tolerance):
     np.testing.assert_allclose(q_of(state).mean(0), expected, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["q_learning", "sarsa", "n_step_sarsa", "watkins_q_lambda"])
 def test_a_timeout_bootstraps_and_a_death_does_not(method):
     mdp = make_mdp(np.ones((1, 1, 1)), np.ones((1, 1)), 0.9)
@@ -153,6 +158,7 @@ def test_a_timeout_bootstraps_and_a_death_does_not(method):
     np.testing.assert_allclose(q_of(state)[0, 0], 1, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_mask_is_never_left_and_can_be_ignored():
     mdp = oracles.random_mdp(0, 5, 6, 0.9, masked=True)
     state, _ = train(RANDOM(num_steps=500), mdp, num_calls=1)
@@ -178,6 +184,7 @@ def test_each_exploration_finds_the_best_action(options):
     np.testing.assert_array_equal(np.median(q_of(state).argmax(-1), axis=0), [1, 0])
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_runs_repeat():
     algorithm = tabular.make(tabular.Config(num_steps=50), oracles.two_state_mdp())
 
@@ -195,6 +202,7 @@ def test_vmap_is_a_loop_and_runs_repeat():
         np.testing.assert_array_equal(both.patients.state[index], alone.patients.state)
 
 
+@pytest.mark.slow
 def test_learning_stops_after_its_episodes_and_epsilon_falls_on_the_way():
     config = RANDOM(num_steps=10, max_episode_steps=5, num_episodes=6)
     state, metrics = train(config, oracles.two_state_mdp(), num_calls=10)

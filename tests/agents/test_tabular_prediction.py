@@ -12,6 +12,8 @@ from jaxrl_llm.agents import tabular_prediction as prediction
 from jaxrl_llm.envs import random_walk
 from tests import oracles
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "TD(0)": {},
     "accumulating": {"lambda_": 0.6},

@@ -11,6 +11,8 @@ from benchmarks import gpt2, harness
 from benchmarks.returns import CACHED_BYTES
 from jaxrl_llm.nn.gpt2 import GPT2, init_cache
 
+pytestmark = pytest.mark.slow
+
 MICRO = dataclasses.replace(gpt2.SIZES["tiny"], vocab_size=61, n_positions=48, n_embd=16, n_layer=2)
 NUM_NEW = 6
 COMPARED = (

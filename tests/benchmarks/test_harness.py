@@ -215,6 +215,7 @@ def test_first_call_leaves_compilation_of_a_host_function_unknown():
     assert start == harness.Start(lower=None, compile=None, call=3.0)
 
 
+@pytest.mark.slow
 def test_run_compares_by_the_item_and_its_record_is_json():
     clock = Clock()
     case = Case(

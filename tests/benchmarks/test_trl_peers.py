@@ -66,6 +66,7 @@ def response_log_probability(params, responses):
     return np.take_along_axis(log_pi, responses[..., None], axis=-1).sum((1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
 def test_online_scores_whole_responses_drawn_anew_in_every_step(torch, setting, algorithm):
     seen = []

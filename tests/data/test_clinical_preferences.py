@@ -97,6 +97,7 @@ def test_utility_adds_the_biases_to_the_gold_score():
 # Pairs
 
 
+@pytest.mark.slow
 def test_pairs_do_not_depend_on_what_was_drawn_before(default_pairs):
     assert list(pairs(0, 7, 3)) == default_pairs[7:10]
     assert list(pairs(1, 7, 3)) != default_pairs[7:10]
@@ -264,6 +265,7 @@ def test_ceiling_is_higher_and_loss_floor_lower_for_who_knows_more(panel_pairs):
     assert loss_floor(panel_pairs, informed=True) < loss_floor(panel_pairs) - 0.02
 
 
+@pytest.mark.slow
 def test_panel_is_ordered_by_reliability():
     ceilings = [ceiling(pairs(0, 0, 200, annotators=[annotator])) for annotator in PANEL]
     assert ceilings == sorted(ceilings, reverse=True)

@@ -145,6 +145,7 @@ def test_pack_gives_the_loss_and_gradients_of_unpacked_rows(loss_and_gradients):
         )
 
 
+@pytest.mark.slow
 def test_first_token_of_a_segment_is_no_target(loss_and_gradients):
     """Whether it is of the response changes neither loss nor gradients, to the bit."""
     packed = packed_and_filled_up(random_sequences(12, 9, seed=4))

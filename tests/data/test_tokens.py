@@ -220,6 +220,7 @@ def test_pack_of_full_rows_is_one_a_row():
     assert tokens.fill(batch) == 1
 
 
+@pytest.mark.slow
 def test_pack_places_fifty_thousand_sequences_in_two_seconds():
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(5, 0.8, 50_000).astype(int) + 1, 1024)

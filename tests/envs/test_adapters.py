@@ -24,6 +24,7 @@ def icu():
     return icu_sepsis.make(inadmissible="raise")
 
 
+@pytest.mark.slow
 def test_import_loads_neither_library():
     script = "import sys, jaxrl_llm.envs.adapters; print(*sys.modules)"
     command = [sys.executable, "-c", script]
@@ -31,6 +32,7 @@ def test_import_loads_neither_library():
     assert not set(result.stdout.split()) & {"gymnasium", "gymnax"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -230,6 +232,7 @@ def test_to_gymnasium_renders_a_line():
         adapters.to_gymnasium(make_adder(), render_mode="human")
 
 
+@pytest.mark.slow
 def test_to_gymnasium_keeps_the_survival_of_the_random_policy(icu):
     env, generator = adapters.to_gymnasium(icu, seed=0), np.random.default_rng(0)
     num_episodes, survived = 300, 0

@@ -46,6 +46,7 @@ def test_make_shows_nothing_first_and_then_observations():
     assert set(np.unique(seen.observation).tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_make_pays_and_ends_as_the_process_does():
     environment = diagnosis.make(max_steps=30)
     steps = run(environment, 4)

@@ -198,6 +198,7 @@ def test_mdp_refuses_an_unknown_strategy():
         icu_sepsis.mdp(inadmissible=unknown)
 
 
+@pytest.mark.slow
 def test_mdp_that_terminates_punishes_inadmissible_actions_alone(undiscounted):
     problem = icu_sepsis.mdp(inadmissible="terminate")
     admissible = icu_sepsis.data().admissible
@@ -226,6 +227,7 @@ def rollout(environment, *, num_environments, num_steps, admissible_only=True):
     return jax.device_get(collect(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_make_lets_a_random_policy_survive_as_often_as_computed(environment):
     num_episodes = 4000
     batch = rollout(environment, num_environments=num_episodes, num_steps=150)
@@ -245,6 +247,7 @@ def test_make_lets_a_random_policy_survive_as_often_as_computed(environment):
     assert abs(length.mean() - oracles.ICU_SEPSIS_LENGTH["random"]) < 4 * error
 
 
+@pytest.mark.slow
 def test_make_reports_the_mask_and_the_sofa_score(environment):
     batch = rollout(environment, num_environments=8, num_steps=10)
     arrays = icu_sepsis.data()
@@ -259,6 +262,7 @@ def test_make_reports_the_mask_and_the_sofa_score(environment):
     np.testing.assert_allclose(time_step.info["sofa_score"], arrays.sofa_score[reached], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_make_truncates_after_500_steps(environment):
     params = environment.default_params
     state, _ = environment.reset(jax.random.key(0), params)
@@ -289,6 +293,7 @@ def test_make_that_terminates_kills_on_inadmissible_actions():
     assert not batch.reward[~admissible].any()
 
 
+@pytest.mark.slow
 def test_make_that_raises_reports_inadmissible_actions():
     environment = icu_sepsis.make(inadmissible="raise", max_steps=None)
     params = environment.default_params

@@ -16,6 +16,8 @@ from jaxrl_llm.types import Box, Discrete
 from tests.envs.test_token_mdp import make_random
 from tests.lm import tiny
 
+pytestmark = pytest.mark.slow
+
 quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 
 PROMPTS = np.array([[9, 3, 1], [2, 0, 3], [9, 9, 2]])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.envs import simulation
 from tests import oracles
@@ -11,6 +12,7 @@ GRID = (np.arange(1000) + 0.5) / 1000
 SLOT, SIDE = (jnp.array(axis.ravel(), jnp.float32) for axis in np.meshgrid(GRID, GRID))
 
 
+@pytest.mark.slow
 def test_every_law_is_that_of_the_problem():
     """A grid over both uniform numbers integrates the law; no sampling."""
     for mdp in (oracles.treatment_mdp(), oracles.garnet_mdp(0, 12, 2, 0.9)):

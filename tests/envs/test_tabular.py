@@ -200,6 +200,7 @@ def test_make_of_both_forms_of_a_problem_agrees():
     jax.tree.map(np.testing.assert_array_equal, dense.default_params, sparse.default_params)
 
 
+@pytest.mark.slow
 def test_make_truncates_after_max_steps():
     mdp = dataclasses.replace(random_mdp(), terminal=jnp.zeros(5, bool))
     environment = tabular.make(mdp, max_steps=4)
@@ -213,6 +214,7 @@ def test_make_truncates_after_max_steps():
     assert not batch.terminated.any()
 
 
+@pytest.mark.slow
 def test_rollouts_average_to_the_exact_value():
     mdp = random_mdp()
     environment = tabular.make(mdp)

@@ -27,6 +27,8 @@ from tests.envs.test_token_mdp import (
 )
 from tests.lm import tiny
 
+pytestmark = pytest.mark.slow
+
 quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 
 evaluate = jax.jit(bellman.policy_evaluation)

@@ -71,6 +71,7 @@ def test_names_match_the_arrays():
     assert treatment.action_names[2] == "Surgery"
 
 
+@pytest.mark.slow
 def test_make_truncates_after_max_steps():
     environment = treatment.make(max_steps=3)
 

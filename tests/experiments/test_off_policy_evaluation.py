@@ -30,6 +30,7 @@ def test_main_covers_the_clinicians_and_warns_of_the_optimum(tmp_path, capsys):
     assert output.count(report.RESEARCH_ONLY) == 2
 
 
+@pytest.mark.slow
 def test_main_reads_a_log(tmp_path, capsys):
     random = np.random.default_rng(0)
     lines = ["patient,time,state,action,reward"]

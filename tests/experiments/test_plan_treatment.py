@@ -68,6 +68,7 @@ def test_main_leaves_result_metrics_and_pictures(small):
             assert imread(folder / f"{name}_{kind}.png").ndim == 3
 
 
+@pytest.mark.slow
 def test_main_resumed_prints_the_same_and_solves_nothing(small, monkeypatch, capsys):
     config, result = small
     folder = run_folder(config.output_dir)
@@ -95,6 +96,7 @@ def test_main_resumed_prints_the_same_and_solves_nothing(small, monkeypatch, cap
         np.testing.assert_allclose(np.array(row[2:], float), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_main_in_float32_says_so_in_its_residuals(tmp_path, capsys):
     config = plan_treatment.Config(
         output_dir=tmp_path, problems=("treatment",), precision="float32"

@@ -63,6 +63,7 @@ def first(tmp_path_factory) -> tuple[Path, dict[str, float]]:
     return run_folder(output_dir), result
 
 
+@pytest.mark.slow
 def test_main_writes_its_folder_and_returns_measures_before_and_after(first):
     folder, result = first
     names = {"config.json", "metrics.jsonl", "result.json", "perplexity.png", "model"}

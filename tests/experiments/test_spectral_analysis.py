@@ -25,6 +25,7 @@ def rows_with_an_oracle(output: str) -> list[tuple[float, float]]:
     return [(float(computed), float(known)) for _, computed, known in rows]
 
 
+@pytest.mark.slow
 def test_main_finds_the_oracles_of_small_chains_and_draws_them(tmp_path, capsys):
     result = spectral_analysis.main(spectral_analysis.Config(output_dir=tmp_path, chains=SMALL))
     second = oracles.PATIENT_CHAIN_EIGENVALUES[1]

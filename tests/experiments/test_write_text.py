@@ -17,6 +17,8 @@ from jaxrl_llm.lm import base_model, clinical_exam, generate, hf_checkpoint, ter
 from jaxrl_llm.training import cli
 from tests.lm import tiny
 
+pytestmark = pytest.mark.slow
+
 quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 SHAPE = base_model.Config(vocab_size=300, n_positions=320, n_embd=16, n_layer=1, n_head=2)
 SAMPLING = generate.Config(max_new_tokens=6, num_samples=2)

@@ -8,6 +8,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm import make_mdp
 from jaxrl_llm.envs import diagnosis, hidden, tiger
@@ -113,6 +114,7 @@ def test_point_based_value_iteration_is_below_at_every_stop(x64):
     assert (np.diff([*values, optimum.max(axis=1)], axis=0) >= -1e-9).all()
 
 
+@pytest.mark.slow
 def test_sawtooth_bound_is_above_the_plans_and_below_fib(x64):
     pomdp, beliefs = diagnosis.pomdp(), belief_kernel.belief_grid(2, 40)
     beliefs = jnp.asarray(np.pad(beliefs, ((0, 0), (0, 1))))
@@ -164,6 +166,7 @@ def test_value_is_convex_and_piecewise_linear(x64):
     assert (chord - mixed).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_point_based_value_iteration_of_a_seen_state_is_the_mdp(x64):
     pomdp = random_pomdp(3, observation=np.eye(3))
     found = solve(pomdp, jnp.eye(3), tolerance=1e-12)

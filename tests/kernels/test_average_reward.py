@@ -69,6 +69,7 @@ def test_relative_value_iteration_finds_the_best_gain_of_every_policy(x64):
     np.testing.assert_allclose(solve(mdp).gain, max(every), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_relative_value_iteration_is_the_limit_of_discounted_values(x64):
     mdp = oracles.two_state_mdp()
     patient = replace(mdp, discount=jnp.asarray(0.99999))

@@ -182,6 +182,7 @@ def test_fast_informed_bound_is_its_fixed_point(x64):
         np.testing.assert_allclose(q[state, action], expected, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_fast_informed_bound_of_a_seen_state_is_the_mdp(x64):
     pomdp = hidden.make_pomdp(random_pomdp(1).mdp, np.eye(3))
     expected = bellman.policy_iteration(pomdp.mdp, tolerance=1e-12).q

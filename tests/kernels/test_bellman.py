@@ -173,6 +173,7 @@ def test_control_finds_the_best_of_every_allowed_policy(name, x64):
         assert np.asarray(mdp.action_mask)[np.arange(6), policy].all()
 
 
+@pytest.mark.slow
 @every_control
 @every_dtype
 def test_control_without_discount_matches_numpy(name, dtype):
@@ -237,6 +238,7 @@ def test_uniform_policy_shares_among_allowed_actions():
     np.testing.assert_allclose(bellman.uniform_policy(mdp), mask / mask.sum(1, keepdims=True))
 
 
+@pytest.mark.slow
 @every_evaluation
 def test_evaluation_of_integers_equals_one_hot(name, x64):
     mdp = oracles.garnet_mdp(0, 6, 3, 0.9)
@@ -260,6 +262,7 @@ def test_policy_evaluation_of_a_policy_that_never_ends_is_finite_and_not_converg
             assert not solution.converged
 
 
+@pytest.mark.slow
 @every_dtype
 def test_policy_iteration_without_discount_ends_although_all_states_tie(dtype):
     with jax.enable_x64(dtype == np.float64):
@@ -269,6 +272,7 @@ def test_policy_iteration_without_discount_ends_although_all_states_tie(dtype):
         np.testing.assert_array_equal(solution.policy[:-1], np.ones(29))
 
 
+@pytest.mark.slow
 @every_dtype
 def test_policy_iteration_ends_where_rounding_flips_ties(dtype):
     """Three copies of each action, alike but for the last digits."""
@@ -294,6 +298,7 @@ def test_modified_policy_iteration_needs_few_sweeps_whatever_the_discount(discou
 # Transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["value_iteration", "policy_iteration"])
 def test_control_jit_equals_eager(name):
     mdp = oracles.treatment_mdp()
@@ -312,6 +317,7 @@ def test_control_vmap_equals_a_loop(name, size, number, x64):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), batched, loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [6, 48], ids=["lockstep", "in turn"])
 def test_control_vmap_shares_what_is_not_batched(size, x64):
     """One law for several rewards and several discounts, one nested in the other."""
@@ -356,6 +362,7 @@ def test_successor_form_tells_rewards_apart():
     np.testing.assert_array_equal(form.expected_reward(), [[1.0, 2.0, 1.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mdp", ["garnet", "terminal", "reward of the action"])
 def test_successor_form_keeps_the_problem(mdp, x64):
     dense = oracles.garnet_mdp(0, 6, 3, 0.9)
@@ -373,6 +380,7 @@ def test_successor_form_keeps_the_problem(mdp, x64):
     np.testing.assert_array_equal(solution.policy, expected.policy)
 
 
+@pytest.mark.slow
 def test_control_of_successor_lists_vmap_over_discounts_equals_a_loop(x64):
     solve = CONTROL["inexact_policy_iteration"]
     form = bellman.successor_form(oracles.terminal_mdp(1, 6, 3))

@@ -17,6 +17,7 @@ expected_sarsa = jax.jit(bellman.expected_sarsa)
 FORMS = {"dense": lambda mdp: mdp, "successors": bellman.successor_form}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", ["actions", "probabilities"])
 def test_krylov_policy_evaluation_equals_a_direct_solve(form, kind, x64):
@@ -79,6 +80,7 @@ def test_expected_sarsa_gives_the_oracle(x64):
     np.testing.assert_allclose(solution.q, oracles.M2_EXPECTED_SARSA_Q, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_expected_sarsa_is_between_the_optimum_and_the_uniform_policy(x64):
     mdp = oracles.random_mdp(0, 6, 3, 0.9, masked=True)
     greedy = expected_sarsa(mdp, epsilon=0.0, tolerance=1e-10)

@@ -29,6 +29,7 @@ def test_effective_sample_size_is_kishs():
     assert concentration.effective_sample_size(jnp.full(4, -jnp.inf)) == 0
 
 
+@pytest.mark.slow
 def test_bootstrap_weights_are_multinomial():
     keys = jax.random.split(jax.random.key(0), 4000)
     weight = np.asarray(jax.vmap(lambda key: concentration.bootstrap_weights(key, 10))(keys))
@@ -38,6 +39,7 @@ def test_bootstrap_weights_are_multinomial():
     np.testing.assert_allclose(np.cov(weight.T)[0, 1], -0.1, atol=0.07)
 
 
+@pytest.mark.slow
 def test_bootstrap_of_a_mean_has_its_standard_error():
     unit = jnp.arange(40)
     result = concentration.bootstrap(

@@ -71,6 +71,7 @@ def test_fitted_q_evaluation_is_the_fixed_point_of_regression(fallback, x64):
         np.testing.assert_allclose(solution.q[3], fallback, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_iterative_evaluation_of_the_empirical_process_agrees():
     steps = logged()
     mdp = fqe.empirical_mdp(steps, jnp.ones(30), num_states=STATES, num_actions=ACTIONS, gamma=0.9)

@@ -64,6 +64,7 @@ def test_model_solve_counts_the_steps_to_the_end(x64):
     assert evaluation.ends
 
 
+@pytest.mark.slow
 def test_model_solve_discounts_the_steps(x64):
     evaluation = fixed_point.Model.of(oracles.treatment_mdp()).solve(jnp.zeros(5, int))
     np.testing.assert_allclose(evaluation.duration, np.full(5, 10.0), rtol=1e-12)

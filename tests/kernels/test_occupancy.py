@@ -86,6 +86,7 @@ def test_constrained_optimum_of_two_states_gives_the_oracle(x64):
     np.testing.assert_allclose(solution.policy, oracles.M2_CONSTRAINED, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_constrained_optimum_matches_linear_programming(x64):
     for seed in range(6):
         mdp = oracles.random_mdp(seed, 6, 3, 0.9, masked=True)

@@ -95,6 +95,7 @@ def magic_reference(returns, covariance):
     return blend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_estimates_equal_a_numpy_reference(weighted, x64):
     evidence = ragged()
@@ -118,6 +119,7 @@ def test_estimates_of_weights_are_those_of_copies(x64):
         np.testing.assert_allclose(value, expected[name], rtol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_estimates_under_vmap_over_weights_are_a_loop():
     evidence = jax.tree.map(jnp.asarray, ragged())
     weights = jax.random.poisson(jax.random.key(0), 2.0, (3, NUM)).astype(jnp.float32)
@@ -188,6 +190,7 @@ def test_doubly_robust_return_without_a_model_is_per_decision_importance_samplin
     np.testing.assert_allclose(ope.doubly_robust(evidence), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_estimators_have_finite_gradients():
     evidence = jax.tree.map(jnp.asarray, ragged())
 
@@ -279,6 +282,7 @@ def exact_q(policy):
     return bellman.policy_evaluation(mdp, jnp.asarray(policy)).q
 
 
+@pytest.mark.slow
 def test_estimators_agree_with_the_exact_value():
     q = exact_q(TARGET)
     exact = float(TARGET[0] @ np.asarray(q)[0])

@@ -105,6 +105,7 @@ def test_masked_functions_equal_those_of_the_subset_and_so_do_gradients(x64):
         np.testing.assert_array_equal(gradient[~MASK], np.zeros(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 def test_gradients_match_finite_differences(mask, x64):
     logits, reference = jnp.array(random_logits(4)), jnp.array(random_logits(5))

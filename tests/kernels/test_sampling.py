@@ -106,12 +106,14 @@ def test_cuts_with_several_probes_a_pass_equal_those_with_one(name, monkeypatch)
         np.testing.assert_array_equal(wide(logits, setting), cuts[name](logits, setting))
 
 
+@pytest.mark.slow
 def test_cuts_of_a_whole_vocabulary_equal_those_of_a_sort():
     logits = 3 * np.random.default_rng(0).normal(size=(2, 50257)).astype(np.float32) - 80
     for name, setting in (("top_k", 50), ("top_p", 0.9), ("typical", 0.5)):
         assert_equal_to_a_sort(name, logits, setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_cuts_keep_all_of_what_ties(size):
     logits = jnp.broadcast_to(jnp.array([[0.0], [-3.5], [1e30], [-1e30]]), (4, size))
@@ -165,6 +167,7 @@ def test_banned_removes_exactly_the_banned():
     np.testing.assert_array_equal(actual, [-np.inf, 1, -np.inf])
 
 
+@pytest.mark.slow
 def test_transformations_equal_those_of_transformers():
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers.generation.logits_process")

@@ -78,6 +78,7 @@ def test_stationary_law_of_every_kind_of_chain_is_the_limit_of_the_lazy_chain(x6
         np.testing.assert_allclose(alone.from_state, found.from_state[index], atol=1e-14)
 
 
+@pytest.mark.slow
 def test_stationary_law_in_jit_equals_eager(x64):
     matrix = jnp.asarray(chains.TWO_CLASSES)
     for jitted, eager in zip(

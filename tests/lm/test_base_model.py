@@ -86,6 +86,7 @@ def test_make_from_a_directory_has_its_weights_shape_and_tokenizer(fresh, direct
     np.testing.assert_allclose(found, logits(fresh.model, fresh.params), atol=0.02)
 
 
+@pytest.mark.slow
 def test_make_with_lora_adds_leaves_to_a_trunk_and_export_merges_them(fresh, directory, tmp_path):
     base = base_model.make(TINY, directory, (), fast_key(1), trainable="lora")
     assert_same(adapters.trunk(base.params), fresh.params)

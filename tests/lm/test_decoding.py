@@ -72,6 +72,7 @@ def exact_log_probabilities(batch, prompt_length, *, params=PARAMS, forbid=None,
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_rollout_draws_the_first_two_tokens_from_the_exact_law(name):
     num_samples = 8192
@@ -115,6 +116,7 @@ def long_rollout(cut=None, **options):
     return rollout(MODEL, PARAMS, RAGGED, RAGGED_MASK, key, config, cut or PLAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_log_probability_is_of_the_law_drawn_from_so_that_importance_ratios_are_one(name):
     batch = long_rollout(NEUTRAL | LAWS[name])

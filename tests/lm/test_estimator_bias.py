@@ -17,6 +17,8 @@ from jaxrl_llm.lm.estimator_bias import TableModel
 from jaxrl_llm.lm.likelihood import exact_kl, response_likelihood
 from jaxrl_llm.nn.gpt2 import GPT2
 
+pytestmark = pytest.mark.slow
+
 RAGGED: dict[str, Any] = {"length": 2, "end_token": 1}
 
 

@@ -117,6 +117,7 @@ def assert_surprise(actual, predictions):
     np.testing.assert_allclose(actual.total, sum(surprises), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_negative_log_likelihood_of_gpt2_matches_numpy_in_any_layout(params):
     sequences = random_sequences(6, 12)
     predictions = list(every_prediction(gpt2_laws(params), sequences))

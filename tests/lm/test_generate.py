@@ -24,6 +24,7 @@ ROLLOUT: Any = module._rollout
 CONFIG = Config(max_new_tokens=12, temperature=1.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_greedy_matches_committed_transformers_over_64_tokens(name):
     numbers = golden.load(name)

@@ -227,6 +227,7 @@ def test_load_reads_torch_weights(directory, relu) -> None:
     assert_same(hf_checkpoint.load(directory)[1], relu[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "max_shard_bytes"),
     [("defaults", 10**9), ("relu", 20_000), ("untied", 10**9), ("untied", 20_000)],

@@ -207,6 +207,7 @@ def test_load_refuses_a_tied_head_that_differs(directory) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_load_runs_no_pickled_code(directory, protocol) -> None:
     pytest.importorskip("torch")

@@ -25,6 +25,8 @@ from tests.lm.tiny import (
 )
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = random_sequences(9, 8)
 LAYOUTS: dict[str, Any] = {
     "left": partial(pad, length=CONTEXT, side="left"),

@@ -17,6 +17,8 @@ from jaxrl_llm.lm import optimizer, policy_step
 from jaxrl_llm.numerics import random_permutation
 from jaxrl_llm.types import Mean
 
+pytestmark = pytest.mark.slow
+
 NUM_GROUPS, NUM_TOKENS, NUM_ITERATIONS = 8, 3, 5
 CONFIG = policy_step.Config(
     num_epochs=2, num_minibatches=2, optimizer=replace(optimizer.ADAM, learning_rate=0.1)

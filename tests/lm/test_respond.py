@@ -16,6 +16,8 @@ from jaxrl_llm.lm.generate import Config, Response, respond
 from jaxrl_llm.nn.gpt2 import GPT2, GPT2Config
 from tests.nn.tiny_gpt2 import random_params
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("Fever and cough.", "Chest pain.", "Rash", "Fever.", "Pain in the chest since noon.")
 # So many tokens end a response that some end and some are cut.
 STOPS = tuple(range(0, 256, 8))

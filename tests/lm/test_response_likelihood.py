@@ -14,6 +14,8 @@ from jaxrl_llm.nn import adapters
 from jaxrl_llm.types import Responses
 from tests.lm import tiny
 
+pytestmark = pytest.mark.slow
+
 P, N = 4, 5
 MODEL = tiny.MODEL.clone(value_width=8)
 

@@ -20,6 +20,8 @@ from tests.lm.preference_pairs import MODEL, PAIRS, PROMPT, RESPONSE, random_pai
 from tests.lm.tiny import SHAPE, VOCABULARY
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
+pytestmark = pytest.mark.slow
+
 ADAMW = optimizer.Config(learning_rate=0.01, warmup_fraction=0.0, weight_decay=0.0)
 CONFIG = reward.Config(
     num_steps=4, batch_size=8, label_smoothing=0.1, centring_coefficient=0.3, rating_coefficient=0.7

@@ -14,6 +14,8 @@ from jaxrl_llm.lm import reward, reward_features
 from tests.lm.preference_pairs import MODEL, PAIRS
 from tests.nn.tiny_gpt2 import random_params
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def params() -> Any:

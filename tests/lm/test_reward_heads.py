@@ -19,6 +19,8 @@ from tests.lm.preference_pairs import random_pairs
 from tests.lm.tiny import SHAPE
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
+pytestmark = pytest.mark.slow
+
 MODEL: Any = RewardModel(SHAPE, criteria=("safety", "clarity"))
 SETTINGS = reward.Config(centring_coefficient=0.02)
 CONFIG = reward_heads.Config(num_steps=60, penalty=0.01)

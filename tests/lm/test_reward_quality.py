@@ -15,6 +15,8 @@ from jaxrl_llm.lm.scores import wilson_interval
 from tests.lm.preference_pairs import MODEL, PAIRS, random_pairs
 from tests.nn.tiny_gpt2 import random_params
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def params() -> Any:

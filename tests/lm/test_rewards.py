@@ -169,6 +169,7 @@ def test_of_model_takes_its_criteria_by_name():
         rewards.of_model(MODEL, ("accuracy",))
 
 
+@pytest.mark.slow
 def test_of_ensemble_is_the_aggregate_and_reports_the_disagreement():
     one = random_params(MODEL)
     params = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, -leaf]), one)

@@ -31,6 +31,8 @@ from tests.lm.policy_learning import (
 )
 from tests.lm.tiny import CONTEXT, END, PADDING
 
+pytestmark = pytest.mark.slow
+
 STOP = 2  # ends a response beside END
 CONFIG = rollouts.Config(
     num_prompts=4,

@@ -21,6 +21,8 @@ from tests.lm import tiny
 from tests.lm.tiny import CONTEXT, END, MODEL, PADDING, SHAPE
 from tests.nn.tiny_gpt2 import fast_key, flat, random_params
 
+pytestmark = pytest.mark.slow
+
 ADAMW = optimizer.Config(learning_rate=0.01, warmup_fraction=0.25)
 CONFIG = sft.Config(num_steps=4, batch_size=8, row_length=CONTEXT, chunk_size=None, optimizer=ADAMW)
 # As many counted tokens as a short and a long response have: parts of a batch weigh differently.

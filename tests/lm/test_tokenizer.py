@@ -190,6 +190,7 @@ def test_load_reads_a_lone_tokenizer_json(tokenizer, tmp_path) -> None:
     assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (0, 0, 320)
 
 
+@pytest.mark.slow
 def test_load_connects_nowhere_runs_no_code_and_prints_nothing(tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"

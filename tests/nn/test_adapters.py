@@ -31,6 +31,7 @@ def trained() -> Any:
     return random_params(MODEL)
 
 
+@pytest.mark.slow
 def test_adapters_start_as_the_identity_and_the_value_at_zero(initial):
     np.testing.assert_array_equal(run(MODEL, initial, TOKENS), run(PLAIN, initial, TOKENS))
     hidden = run(MODEL, initial, TOKENS, method="hidden_states")

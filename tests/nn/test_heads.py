@@ -105,6 +105,7 @@ def random_like(variables, seed: int):
     return jax.tree.unflatten(structure, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "observations"), actor_critics())
 def test_actor_critic_batched_equals_one_by_one(network, observations):
     variables = random_like(network.init(jax.random.key(0), observations[0, 0]), 1)
@@ -120,6 +121,7 @@ def test_actor_critic_batched_equals_one_by_one(network, observations):
         np.testing.assert_allclose(value[index], one_value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "observations"), actor_critics())
 def test_actor_critic_mask_gives_probability_zero_and_finite_gradients(network, observations):
     variables = random_like(network.init(jax.random.key(0), observations[0, 0]), 1)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.envs import tiger
 from jaxrl_llm.kernels import belief
 from jaxrl_llm.training import belief_evaluation
+
+pytestmark = pytest.mark.slow
 
 
 def test_solve_beliefs_encloses_the_tigers_value(x64):

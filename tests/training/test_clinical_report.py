@@ -74,6 +74,7 @@ def test_show_recommendations_shows_the_states_met_most_often(solved, capsys):
     assert "The 2 states first, of 5." in output
 
 
+@pytest.mark.slow
 def test_recommendations_leave_out_terminal_states_and_gaps_of_one_action():
     mdp = oracles.terminal_mdp(0, 4, 2)
     mask = np.array([[True, False], [True, True], [True, True], [True, True]])

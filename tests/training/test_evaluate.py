@@ -71,6 +71,7 @@ def test_exact_return_without_discount_counts_until_the_end(probability, reward,
     np.testing.assert_allclose(exact, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_exact_return_jit_equals_eager_and_vmap_equals_loop(x64):
     mdp = oracles.treatment_mdp()
     policies = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(3), size=(4, 5)))

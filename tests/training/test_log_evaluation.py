@@ -10,6 +10,8 @@ from jaxrl_llm.kernels import bellman
 from jaxrl_llm.kernels import off_policy_evaluation as ope
 from jaxrl_llm.training import log_evaluation
 
+pytestmark = pytest.mark.slow
+
 GAMMA, NUM_STEPS = 0.9, 12
 
 

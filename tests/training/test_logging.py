@@ -101,6 +101,7 @@ def test_run_log_resumed_drops_later_and_half_written_lines(tmp_path):
     assert _tensorboard(tmp_path)[1] == [21]
 
 
+@pytest.mark.slow
 def test_run_log_survives_kill(tmp_path):
     program = (
         "import os, signal, sys\n"

@@ -56,6 +56,7 @@ def assert_same(actual, expected):
     )
 
 
+@pytest.mark.slow
 def test_run_equals_a_python_loop_over_fold_in():
     actual = loop.run(ALGORITHM, jax.random.key(5), num_steps=7, chunk_steps=3)
     init_key, step_key = jax.random.split(jax.random.key(5))
@@ -266,6 +267,7 @@ def test_run_gives_its_data_to_every_step_and_keeps_them():
     assert not on_device["rows"].is_deleted()
 
 
+@pytest.mark.slow
 def test_over_seeds_gives_every_seed_all_of_the_data():
     many = loop.over_seeds(READER, 2)
     together = loop.run(many, jax.random.key(9), num_steps=5, chunk_steps=5, data=DATA)

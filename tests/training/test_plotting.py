@@ -239,6 +239,7 @@ def test_policy_heatmap_names_never_overlap(num_states, num_actions):
             assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
 
 
+@pytest.mark.slow
 def test_policy_heatmap_of_716_by_25_has_a_pixel_a_row_and_its_scales():
     policy = np.random.default_rng(0).dirichlet(np.ones(25), size=716)
     figure = plotting.policy_heatmap(

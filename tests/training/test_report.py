@@ -104,6 +104,7 @@ def test_print_table_on_a_terminal_wraps(capsys, terminal, width):
     assert (text.count("state"), text.count("action"), text.count("…")) == (5, 5, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 120])
 def test_show_solvers_prints_a_row_a_solver(capsys, terminal, tmp_path, runs, width):
     terminal(width)

@@ -10,6 +10,8 @@ from jaxrl_llm.kernels import bellman
 from jaxrl_llm.training import learning_curves, table_learning
 from tests import oracles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():
