@@ -18,6 +18,8 @@ from gymnax.environments import spaces
 from jaxrl_llm.envs import adapters, core
 from jaxrl_llm.types import Box, Discrete
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cartpole():

@@ -15,6 +15,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from jaxrl_llm.envs import adapters, core, icu_sepsis, treatment
 from tests.envs.problems import make_adder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def icu():

@@ -24,6 +24,8 @@ from jaxrl_llm.training import checkpoint, cli, logging, report
 from tests.lm import tiny
 from tests.lm.checkpoints import assert_same
 
+pytestmark = pytest.mark.slow
+
 quick_compilation = pytest.fixture(scope="module", autouse=True)(tiny.quick_compilation)
 ROOT = Path(__file__).parents[2]
 FLAGS = (

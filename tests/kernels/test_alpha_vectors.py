@@ -15,6 +15,8 @@ from jaxrl_llm.envs import diagnosis, hidden, tiger
 from jaxrl_llm.kernels import alpha_vectors, bellman
 from jaxrl_llm.kernels import belief as belief_kernel
 
+pytestmark = pytest.mark.slow
+
 # V* at even odds, and the undiscounted optimum with 1, 2, ... steps to go.
 TIGER_VALUE = 19.371368
 TIGER_HORIZONS = [-1, -2, 2.72, 2.42125, 3.60915]

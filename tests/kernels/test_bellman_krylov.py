@@ -11,6 +11,8 @@ from jaxrl_llm.kernels import bellman
 from jaxrl_llm.types import SuccessorMDP
 from tests import oracles
 
+pytestmark = pytest.mark.slow
+
 krylov = jax.jit(bellman.krylov_policy_evaluation)
 expected_sarsa = jax.jit(bellman.expected_sarsa)
 

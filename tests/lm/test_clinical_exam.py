@@ -18,6 +18,8 @@ from jaxrl_llm.lm.generate import Response
 from jaxrl_llm.lm.scores import Estimate
 from tests.nn.tiny_gpt2 import fast_key
 
+pytestmark = pytest.mark.slow
+
 SHAPE = replace(SMALL, vocab_size=400, n_positions=384, n_embd=16, n_layer=1, n_head=2)
 TRAINING = clinical_exam.pairs(clinical_text.examples(3, 0, 60))
 NUM_CASES = 7

@@ -16,6 +16,8 @@ from jaxrl_llm.nn import adapters
 from jaxrl_llm.nn.gpt2 import GPT2
 from tests.lm.generation import END, PADDING, TINY, VOCABULARY, law, next_logits, random_params
 
+pytestmark = pytest.mark.slow
+
 MODEL: Any = GPT2(TINY)
 PARAMS = random_params(MODEL)
 PROMPT = np.array([[3, 7, 2, 9]])

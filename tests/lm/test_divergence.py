@@ -17,6 +17,8 @@ from jaxrl_llm.lm import evaluate
 from jaxrl_llm.types import Responses
 from tests.lm import tiny
 
+pytestmark = pytest.mark.slow
+
 V, P, N = 3, 2, 4
 END = 0
 

@@ -9,6 +9,8 @@ import pytest
 
 from jaxrl_llm.lm.order import next_rows
 
+pytestmark = pytest.mark.slow
+
 
 def rows_of(num_steps, batch_size, num_rows, key=0):
     rows = [next_rows(jax.random.key(key), jnp.int32(step), batch_size, num_rows)

@@ -17,6 +17,8 @@ from jaxrl_llm.types import Responses
 from tests.lm.tiny import SHAPE
 from tests.nn.tiny_gpt2 import fast_key, random_params
 
+pytestmark = pytest.mark.slow
+
 MODEL: Any = RewardModel(SHAPE, criteria=())
 # Where a gradient is all rounding, as that of the bias of attention's keys, so would its step be.
 ADAMW = optimizer.Config(learning_rate=0.01, warmup_fraction=0.0, epsilon=1e-3)

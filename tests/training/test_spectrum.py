@@ -16,6 +16,8 @@ from jaxrl_llm.training import spectrum
 from tests import oracles
 from tests.kernels import chains
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("Critical", "Serious", "Stable", "Improving", "Recovered")
 SHIFTS = [f"shift {index}" for index in range(6)]
 
