@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import make_mdp
 from jaxrl_llm.agents import tabular
-from jaxrl_llm.envs import cliff_walking, simulation
+from jaxrl_llm.envs import simulation
 from tests import oracles
 
 EXPECTED_SARSA = np.array([[12.8488, 14.2797], [14.9719, 13.3720]])
@@ -230,13 +230,3 @@ def test_learning_stops_after_its_episodes_and_epsilon_falls_on_the_way():
 def test_make_names_the_setting_that_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         tabular.make(tabular.Config(**options), oracles.two_state_mdp())
-
-
-@pytest.mark.slow
-def test_sarsa_keeps_to_the_safe_path_of_the_cliff():
-    """Sutton & Barto, example 6.6: 20.7 steps an episode while it explores; 13 is shortest."""
-    config = tabular.Config(method="sarsa", step_size=0.5, num_steps=2000)
-    _, metrics = train(config, cliff_walking.mdp(), num_calls=12, num_learners=100)
-    length = metrics["episode_length"]
-    late = float(length.total[6:].sum() / length.weight[6:].sum())
-    assert late == pytest.approx(20.7, abs=0.5)
