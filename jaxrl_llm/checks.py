@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jaxrl_llm.types import MDP, Array, SuccessorMDP
 
@@ -64,6 +64,32 @@ def divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raises ValueError unless `value` is a multiple of `divisor`, naming both."""
     if value % divisor:
         raise ValueError(f"{name} is {value}; it must be a multiple of {divisor_name}, {divisor}")
+
+
+def action_probabilities(
+    policy: ArrayLike, num_states: int, num_actions: int
+) -> NDArray[np.float64]:
+    """Either kind of policy as probabilities `[S, A]`, on the host.
+
+    Args:
+      policy: action probabilities `[S, A]`, or one action a state `[S]` (integers).
+      num_states: S.
+      num_actions: A.
+
+    Raises:
+      ValueError: for another shape, or an action out of range.
+    """
+    choice = np.asarray(policy)
+    if choice.shape == (num_states, num_actions):
+        return choice.astype(float)
+    if choice.shape != (num_states,) or choice.dtype.kind not in "iu":
+        wanted = f"probabilities [{num_states}, {num_actions}] or integers [{num_states}]"
+        raise ValueError(f"policy is {choice.dtype}{list(choice.shape)}; it must be {wanted}")
+    for state in np.flatnonzero((choice < 0) | (choice >= num_actions))[:1]:
+        raise ValueError(
+            f"policy[{state}] is {choice[state]}; it must be in [0, {num_actions - 1}]"
+        )
+    return np.eye(num_actions)[choice]
 
 
 def mdp(mdp: AnyMDP) -> AnyMDP:

@@ -57,6 +57,12 @@ def changed(name: str, place: Any, value: object) -> dict[str, Any]:
     return {**arguments, name: array}
 
 
+def test_action_probabilities_of_integers_are_one_hot():
+    one_hot = checks.action_probabilities([0, 2, 1], 3, 4)
+    np.testing.assert_array_equal(one_hot, np.eye(4)[[0, 2, 1]])
+    np.testing.assert_array_equal(checks.action_probabilities(one_hot, 3, 4), one_hot)
+
+
 def test_not_empty_names_what_is():
     checks.not_empty("problems", ("one",))
     with pytest.raises(ValueError, match=r"^problems is empty; name at least one$"):

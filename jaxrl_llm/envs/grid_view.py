@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxrl_llm import checks
 from jaxrl_llm.envs.grid_layout import Layout
 
 _ARROWS = {"Up": "^", "Down": "v", "Left": "<", "Right": ">"}
@@ -34,8 +35,8 @@ def ascii_policy(policy: ArrayLike, layout: Layout) -> str:
     <BLANKLINE>
     ^ v < > move   S start   G goal   # obstacle
     """
-    action = move_probabilities(policy, layout).argmax(axis=1)
-    arrows = np.array([_ARROWS[name] for name in layout.action_names])[action]
+    law = checks.action_probabilities(policy, layout.num_states, len(layout.action_names))
+    arrows = np.array([_ARROWS[name] for name in layout.action_names])[law.argmax(axis=1)]
     return _table(arrows, layout, f"{' '.join(_ARROWS.values())} move")
 
 
@@ -67,26 +68,6 @@ def ascii_values(value: ArrayLike, layout: Layout, *, decimals: int = 1) -> str:
     # Adding 0 turns a negative zero into a positive one.
     texts = [f"{round(number, decimals) + 0.0:.{decimals}f}" for number in numbers.tolist()]
     return _table(np.array(texts), layout, "")
-
-
-def move_probabilities(policy: ArrayLike, layout: Layout) -> NDArray[np.float64]:
-    """Of either kind of policy, `[S, A]`.
-
-    Raises:
-      ValueError: if the policy is not of that grid.
-    """
-    choice = np.asarray(policy)
-    num_states, num_actions = layout.num_states, len(layout.action_names)
-    if choice.shape == (num_states, num_actions):
-        return choice.astype(float)
-    if choice.shape != (num_states,) or choice.dtype.kind not in "iu":
-        wanted = f"integers [{num_states}] or probabilities [{num_states}, {num_actions}]"
-        raise ValueError(f"policy is {choice.dtype}{list(choice.shape)}; it must be {wanted}")
-    for state in np.flatnonzero((choice < 0) | (choice >= num_actions))[:1]:
-        raise ValueError(
-            f"policy[{state}] is {choice[state]}; it must be in [0, {num_actions - 1}]"
-        )
-    return np.eye(num_actions)[choice]
 
 
 def _table(texts: NDArray[np.str_], layout: Layout, meaning: str) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxrl_llm import checks
 from jaxrl_llm.envs.grid_layout import STEPS, Layout
-from jaxrl_llm.envs.grid_view import move_probabilities
 from jaxrl_llm.training.plotting import COLORS, GREY, INK, SMALL, new_figure
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def grid_policy(
     Raises:
       ValueError: if the policy or the values are not of that grid.
     """
-    probability = move_probabilities(policy, layout)
+    probability = checks.action_probabilities(policy, layout.num_states, len(layout.action_names))
     numbers = np.asarray(value, float)
     if numbers.shape != (layout.num_states,):
         raise ValueError(f"value has shape {numbers.shape}; it must be ({layout.num_states},)")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxrl_llm import checks
 from jaxrl_llm.data.files import write_atomically
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def policy_heatmap(
     Raises:
       ValueError: if the shapes or an action do not agree with the names.
     """
-    probability = _probabilities(np.asarray(policy), len(state_names), len(action_names))
+    probability = checks.action_probabilities(policy, len(state_names), len(action_names))
     shape = probability.shape
     numbers = None if value is None else np.asarray(value, float)
     if numbers is not None and numbers.shape not in (shape, shape[:1]):
@@ -315,20 +316,6 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     highest = max(0.0, 1 - (len(positions) - 1) * gap)
     pooled = [min(max(mean, 0.0), highest) for mean, count in pools for _ in range(count)]
     return [mean + index * gap for index, mean in enumerate(pooled)]
-
-
-def _probabilities(policy: NDArray[Any], num_states: int, num_actions: int) -> NDArray[np.float64]:
-    """`[S, A]` of either kind of policy."""
-    if policy.shape == (num_states, num_actions):
-        return policy.astype(float)
-    if policy.shape != (num_states,) or policy.dtype.kind not in "iu":
-        wanted = f"probabilities [{num_states}, {num_actions}] or integers [{num_states}]"
-        raise ValueError(f"policy is {policy.dtype}{list(policy.shape)}; it must be {wanted}")
-    for state in np.flatnonzero((policy < 0) | (policy >= num_actions))[:1]:
-        raise ValueError(
-            f"policy[{state}] is {policy[state]}; it must be in [0, {num_actions - 1}]"
-        )
-    return np.eye(num_actions)[policy]
 
 
 def _draw_cells(axes: Axes, numbers: NDArray[np.float64], colors: str, **limits: Any) -> AxesImage:

@@ -51,8 +51,8 @@ def test_ascii_values_line_up():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ([0, 1], r"policy is int64\[2\]; it must be integers \[6\] or probabilities \[6, 4\]"),
-        (np.zeros(6), r"policy is float64\[6\]; it must be integers"),
+        ([0, 1], r"policy is int64\[2\]; it must be probabilities \[6, 4\] or integers \[6\]"),
+        (np.zeros(6), r"policy is float64\[6\]; it must be probabilities"),
         ([0, 4, 0, 0, 0, 0], r"policy\[1\] is 4; it must be in \[0, 3\]"),
         ([0, -1, 0, 0, 0, 0], r"policy\[1\] is -1; it must be in \[0, 3\]"),
     ],
@@ -65,9 +65,3 @@ def test_ascii_policy_refuses(policy, message):
 def test_ascii_values_refuse_another_grid():
     with pytest.raises(ValueError, match=r"value has shape \(5,\); it must be \(6,\)"):
         grid_view.ascii_values(np.zeros(5), GRID)
-
-
-def test_move_probabilities_of_integers_are_one_hot():
-    one_hot = grid_view.move_probabilities([0, 1, 2, 3, 0, 1], GRID)
-    np.testing.assert_array_equal(one_hot, np.eye(4)[[0, 1, 2, 3, 0, 1]])
-    np.testing.assert_array_equal(grid_view.move_probabilities(one_hot, GRID), one_hot)
