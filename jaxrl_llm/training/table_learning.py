@@ -46,7 +46,7 @@ def learn(
     time: Callable[[PyTree], Array],
     num_learners: int,
     num_steps: int,
-    num_points: int = 15,
+    num_points: int = 10,
     label: str = "training",
 ) -> Learned:
     """Trains many learners and solves for the value of each one's policy on the way.
