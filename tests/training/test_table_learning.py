@@ -24,8 +24,8 @@ def found():
 
 def test_study_ends_at_the_optimum_and_counts_its_time(found):
     learned = found["q_learning"]
-    np.testing.assert_array_equal(learned.time, 150 * np.arange(1, 15).clip(max=40 / 3))
-    assert learned.value.shape == (3, 14)
+    np.testing.assert_array_equal(learned.time, 200 * np.arange(1, 11))
+    assert learned.value.shape == (3, 10)
     # From a first state uniform over 0 to 2: 3, 2 and 1 steps.
     np.testing.assert_allclose(learned.value[:, -1], -2, rtol=1e-5)
     assert learned.state.num_steps.tolist() == [2000] * 3
