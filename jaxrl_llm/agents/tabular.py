@@ -83,7 +83,7 @@ class Config:
     """Rewards in an n-step target."""
     lambda_: float = 0.9
     """Decay of the traces, besides the discount; 0 is the one-step method."""
-    trace: Literal["accumulating", "replacing", "dutch"] = "replacing"
+    trace: td.TraceKind = "replacing"
     """What a trace does at a pair visited again."""
 
     def validate(self) -> None:
@@ -91,7 +91,7 @@ class Config:
         checks.one_of("method", self.method, get_args(Method))
         checks.one_of("exploration", self.exploration, get_args(Exploration))
         checks.one_of("schedule_unit", self.schedule_unit, ("episodes", "steps"))
-        checks.one_of("trace", self.trace, ("accumulating", "replacing", "dutch"))
+        checks.one_of("trace", self.trace, get_args(td.TraceKind))
         for name in ("num_environments", "num_steps", "n", "schedule_length"):
             checks.at_least(name, getattr(self, name), 1)
         for name in ("num_episodes", "max_episode_steps"):
@@ -234,14 +234,10 @@ def learn_n_step(config: Config, parameter: Array, state: State, step: Step) -> 
 def learn_by_traces(config: Config, _: Array, state: State, step: Step) -> State:
     """Every pair moves by alpha · delta · its eligibility; alpha is that of the pair just left."""
     pair, reward, discount, next_state, next_action, reset = (leaf[0] for leaf in step[:6])
-    flat, next_q, (trace, decay) = state.q.reshape(-1), state.q[next_state], state.memory
+    flat, next_q = state.q.reshape(-1), state.q[next_state]
     visits = state.visits.at[pair].add(1)
     step_size = config.step_size * visits[pair] ** -config.step_size_decay
-    if config.trace == "dutch":
-        trace = td.dutch_trace(trace, pair, decay, step_size)
-    else:
-        kinds = {"accumulating": td.accumulating_trace, "replacing": td.replacing_trace}
-        trace = kinds[config.trace](trace, pair, decay)
+    trace = state.memory.visit(config.trace, pair, step_size)
     decay = jnp.where(reset, 0, config.lambda_ * discount)
     following = next_q[next_action]
     if config.method == "watkins_q_lambda":

@@ -26,7 +26,6 @@ from jaxrl_llm.kernels import temporal_difference as td
 from jaxrl_llm.types import MDP, Algorithm, Array, Key, Mean, PyTree, SuccessorMDP
 
 Method = Literal["td_lambda", "true_online", "n_step", "first_visit", "every_visit"]
-Trace = Literal["accumulating", "replacing", "dutch"]
 
 _NUM_DRAWS = 5  # uniform numbers a step: action, two of the move, two of a new start
 
@@ -47,7 +46,7 @@ class Config:
     """alpha falls as N(s) to the power of minus this; 0 is a constant step size."""
     lambda_: float = 0.0
     """Decay of the traces, besides the discount; 0 is TD(0)."""
-    trace: Trace = "accumulating"
+    trace: td.TraceKind = "accumulating"
     """What a trace of `td_lambda` does at a state visited again."""
     n: int = 4
     """Rewards in an n-step target."""
@@ -57,7 +56,7 @@ class Config:
     def validate(self) -> None:
         """Raises ValueError, in one line that starts with the field's name."""
         checks.one_of("method", self.method, get_args(Method))
-        checks.one_of("trace", self.trace, get_args(Trace))
+        checks.one_of("trace", self.trace, get_args(td.TraceKind))
         for name in ("num_steps", "n"):
             checks.at_least(name, getattr(self, name), 1)
         if self.max_episode_steps is not None:
@@ -113,12 +112,7 @@ class Step(NamedTuple):
 def learn_td_lambda(config: Config, learner: State, step: Step) -> State:
     """V <- V + alpha · delta · e."""
     learner, step_size = _count(config, learner, step.state)
-    trace, decay = learner.memory
-    if config.trace == "dutch":
-        trace = td.dutch_trace(trace, step.state, decay, step_size)
-    else:
-        kinds = {"accumulating": td.accumulating_trace, "replacing": td.replacing_trace}
-        trace = kinds[config.trace](trace, step.state, decay)
+    trace = learner.memory.visit(config.trace, step.state, step_size)
     value, next_value = learner.value[step.state], learner.value[step.next_state]
     error = td.td_error(step.reward, step.discount, value, next_value)
     memory = td.Traces(trace, _decay(config, step))

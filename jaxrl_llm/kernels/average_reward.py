@@ -85,6 +85,8 @@ def average_reward_evaluation(
     Returns:
       An `AverageRewardSolution`: `gain` and `bias` are the policy's, and `policy` is the greedy
       improvement on them.
+
+    Source: as `relative_value_iteration`, with one policy for the best one.
     """
 
     def backup(q: Array) -> Array:

@@ -58,7 +58,14 @@ def ucb1_index(arms: Arms, *, width: float | Array = 2.0) -> Array:
 
 
 def beta_posterior(arms: Arms, *, prior: tuple[float, float] = (1.0, 1.0)) -> tuple[Array, Array]:
-    """The two parameters `[K]` of each arm's Beta posterior after rewards that are 0 or 1."""
+    """The two parameters `[K]` of each arm's Beta posterior after rewards that are 0 or 1.
+
+    Args:
+      arms: `[K]` each.
+      prior: the two parameters before any reward; (1, 1) is uniform.
+
+    Source: Gelman et al. (2013), "Bayesian Data Analysis", section 2.4.
+    """
     return prior[0] + arms.total, prior[1] + arms.pulls - arms.total
 
 
@@ -76,6 +83,8 @@ def gaussian_posterior(
       noise: `[]`, the known standard deviation of a reward.
       prior_mean: `[]`, of the mean of an arm.
       prior_deviation: `[]`, of the mean of an arm.
+
+    Source: Gelman et al. (2013), "Bayesian Data Analysis", section 2.5.
     """
     precision = prior_deviation**-2 + arms.pulls * noise**-2
     mean = (prior_mean * prior_deviation**-2 + arms.total * noise**-2) / precision

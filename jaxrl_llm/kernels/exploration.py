@@ -67,6 +67,8 @@ def boltzmann(q: Array, temperature: float | Array, mask: Array | None = None) -
     Returns:
       `[A]`, exactly 0 where not allowed.
 
+    Source: Sutton & Barto (2018), equation 2.11, with q / temperature for the preferences.
+
     >>> print(boltzmann(jnp.array([1.0, 0.5, 0.0]), 0.5).round(5))
     [0.66524 0.24473 0.09003]
     """

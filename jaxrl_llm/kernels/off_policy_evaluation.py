@@ -140,6 +140,8 @@ def log_cumulative_ratio(target: Array, behaviour: Array, mask: Array) -> Array:
 
     Returns:
       `[T]`; -inf from the first action on that the target never takes.
+
+    Source: Sutton & Barto (2018), equation 5.3.
     """
     chex.assert_rank([target, behaviour, mask], 1)
     ratio = jnp.where(mask, target, 1) / jnp.where(mask, behaviour, 1)

@@ -13,13 +13,15 @@ an `index` is a place in them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax.numpy as jnp
 
 from jaxrl_llm import numerics
 from jaxrl_llm.types import Array
+
+TraceKind = Literal["accumulating", "replacing", "dutch"]
 
 
 def td_error(reward: Array, discount: Array, value: Array, next_value: Array) -> Array:
@@ -228,6 +230,13 @@ class Traces(NamedTuple):
 
     trace: Array
     decay: Array
+
+    def visit(self, kind: TraceKind, index: Array, step_size: Array) -> Array:
+        """The eligibility `[N]` once place `index` `[]` is visited; `step_size` `[]` if dutch."""
+        if kind == "dutch":
+            return dutch_trace(self.trace, index, self.decay, step_size)
+        update = accumulating_trace if kind == "accumulating" else replacing_trace
+        return update(self.trace, index, self.decay)
 
 
 def accumulating_trace(trace: Array, index: Array, decay: Array) -> Array:

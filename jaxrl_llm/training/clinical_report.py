@@ -56,25 +56,26 @@ def recommendations(
     host = jax.tree.map(np.asarray, solution)
     num_states, num_actions = host.q.shape
     gap = report.gap_to_second_best(host.q, np.asarray(mdp.action_mask))
-    count = np.zeros(host.q.shape)
+    visits = rate = np.zeros(num_states)
+    usual = np.zeros(num_states, int)
     if trajectories is not None:
-        count = np.asarray(
-            behaviour_policy.action_counts(
-                trajectories, num_states=num_states, num_actions=num_actions
-            )
+        visits, rate, _ = behaviour_policy.agreement(np.eye(num_actions)[host.policy], trajectories)
+        count = behaviour_policy.action_counts(
+            trajectories, num_states=num_states, num_actions=num_actions
         )
+        usual = np.asarray(count).argmax(axis=1)
     rows = []
     for state in np.flatnonzero(~np.asarray(mdp.terminal)).tolist():
-        action, visits = int(host.policy[state]), int(count[state].sum())
+        action, is_met = int(host.policy[state]), visits[state] > 0
         rows.append(
             Recommendation(
                 state=state,
                 action=action,
                 value=float(host.q[state, action]),
                 gap=float(gap[state]) if np.isfinite(gap[state]) else None,
-                visits=visits,
-                agreement=float(count[state, action] / visits) if visits else None,
-                usual=int(count[state].argmax()) if visits else None,
+                visits=int(visits[state]),
+                agreement=float(rate[state]) if is_met else None,
+                usual=int(usual[state]) if is_met else None,
             )
         )
     return rows
