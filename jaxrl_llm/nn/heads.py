@@ -1,37 +1,29 @@
-"""What stands on top of a torso: action logits, values, and actor-critics composed of both.
+"""What stands on top of a torso: policies, values, and actors and critics composed of both.
 
-Every module accepts leading batch dimensions, `[...]`, without `vmap`.
+Every module accepts leading batch dimensions, `[...]`, without `vmap`. A policy is one of
+`nn.policies`: which one, the action space decides.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxrl_llm.kernels import policy_gradient
+from jaxrl_llm.nn import policies
 from jaxrl_llm.nn.mlp import MLP, orthogonal_dense
-from jaxrl_llm.types import Array
+from jaxrl_llm.types import Array, Box, Discrete, Space
 
-if TYPE_CHECKING:
-    import distrax
+Deviation = Literal["parameter", "network"]
 
-
-def categorical(logits: Array, mask: Array | None = None) -> distrax.Categorical:
-    """The distribution over actions that `logits` `[..., A]` describe.
-
-    Args:
-      logits: `[..., A]`; those of `CategoricalHead` called with a mask carry it already.
-      mask: `[..., A]` bool, True where the action is allowed; None leaves `logits` as they are.
-    """
-    import distrax
-
-    if mask is not None:
-        logits = policy_gradient.masked_logits(logits, mask)
-    return distrax.Categorical(logits=logits)
+# A network's log-deviation lies in this interval: below it the density overflows, above it the
+# squashed law has nothing but its two ends.
+LOG_DEVIATIONS = (-5.0, 2.0)
 
 
 class CategoricalHead(nn.Module):
@@ -97,45 +89,183 @@ class TabularEmbedding(nn.Module):
         return jnp.take(table, state, axis=0, mode="fill")
 
 
-class ActorCritic(nn.Module):
-    """Two separate towers, one to action logits and one to a value, for vector observations.
-
-    Source: Schulman et al. (2017), section 6.1 (2 x 64 tanh, nothing shared); the scales of the
-    initialisation (sqrt(2), .01 and 1) are those of OpenAI Baselines.
+class GaussianHead(nn.Module):
+    """A linear layer to means of latent normal variables, and their log-deviations.
 
     Attributes:
-      num_actions: `A`.
-      hidden_sizes: widths of each tower's hidden layers.
-      activation: elementwise, after each hidden layer.
+      shape: of the variables, `[..., *shape]`.
+      deviation: "parameter" is a log-deviation that no observation changes, as is usual where
+        updates are on-policy; "network" a second linear layer, as in soft actor-critic, whose
+        output is squashed into `LOG_DEVIATIONS`.
+      initial_log_deviation: where a "parameter" starts.
+      scale: of the kernels' orthogonal initialisation.
       dtype: of the computation and of the results.
     """
 
-    num_actions: int
+    shape: tuple[int, ...]
+    deviation: Deviation = "parameter"
+    initial_log_deviation: float = -0.5
+    scale: float = 0.01
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array) -> tuple[Array, Array]:
+        """Maps `features` `[..., F]` to means and log-deviations, `[..., *shape]` each."""
+        shape = (*features.shape[:-1], *self.shape)
+
+        def linear(name: str) -> Array:
+            size = math.prod(self.shape)
+            return orthogonal_dense(size, self.scale, self.dtype, name)(features).reshape(shape)
+
+        mean = linear("mean")
+        if self.deviation == "network":
+            low, high = LOG_DEVIATIONS
+            return mean, low + (high - low) * (0.5 * jnp.tanh(linear("log_deviation")) + 0.5)
+        start = nn.initializers.constant(self.initial_log_deviation)
+        log_deviation = self.param("log_deviation", start, self.shape, mean.dtype)
+        return mean, jnp.broadcast_to(log_deviation, shape)
+
+
+class PolicyHead(nn.Module):
+    """From features to a policy over `action_space`, near uniform or centred at first.
+
+    Attributes:
+      action_space: Discrete, a Box of one dimension, or Hybrid.
+      deviation: as in `GaussianHead`, where there are amounts.
+      dtype: of the computation and of the result.
+    """
+
+    action_space: Space
+    deviation: Deviation = "parameter"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array, *, mask: Array | None = None) -> policies.ActionPolicy:
+        """Maps `features` `[..., F]` to a policy; `mask` `[..., A]` is of the discrete part.
+
+        Raises:
+          ValueError: the space is not one that a policy can cover.
+        """
+        space = self.action_space
+        policies.check_action_space("action_space", space)
+
+        def logits(num: int) -> Array:
+            return CategoricalHead(num, dtype=self.dtype, name="categorical")(features, mask=mask)
+
+        def gaussian(*shape: int) -> tuple[Array, Array]:
+            head = GaussianHead(shape, self.deviation, dtype=self.dtype, name="gaussian")
+            return head(features)
+
+        if isinstance(space, Discrete):
+            return policies.Categorical(logits=logits(space.num))
+        if isinstance(space, Box):
+            mean, log_deviation = gaussian(*space.shape)
+            return policies.SquashedGaussian(
+                mean=mean, log_deviation=log_deviation, low=space.low, high=space.high
+            )
+        mean, log_deviation = gaussian(space.num, *space.amount.shape)
+        return policies.HybridPolicy(
+            logits=logits(space.num),
+            mean=mean,
+            log_deviation=log_deviation,
+            low=space.amount.low,
+            high=space.amount.high,
+            has_amount=space.has_amount,
+        )
+
+
+class Actor(nn.Module):
+    """A tower and a policy head, for vector observations.
+
+    Attributes:
+      action_space: as in `PolicyHead`.
+      hidden_sizes: widths of the tower's hidden layers.
+      activation: elementwise, after each hidden layer.
+      deviation: as in `GaussianHead`.
+      dtype: of the computation and of the result.
+    """
+
+    action_space: Space
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Callable[[Array], Array] = nn.tanh
+    deviation: Deviation = "parameter"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, observation: Array, *, action_mask: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Logits and value of an observation.
+    ) -> policies.ActionPolicy:
+        """The policy at `observation` `[..., features]`; `action_mask` as in `ActorCritic`."""
+        tower = MLP(self.hidden_sizes, self.activation, dtype=self.dtype, name="policy_tower")
+        head = PolicyHead(self.action_space, self.deviation, self.dtype, name="policy_head")
+        return head(tower(observation), mask=action_mask)
+
+
+class ActorCritic(nn.Module):
+    """Two separate towers, one to a policy and one to a value, for vector observations.
+
+    Source: Schulman et al. (2017), section 6.1 (2 x 64 tanh, nothing shared); the scales of the
+    initialisation (sqrt(2), .01 and 1) are those of OpenAI Baselines.
+
+    Attributes: those of `Actor`.
+    """
+
+    action_space: Space
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    activation: Callable[[Array], Array] = nn.tanh
+    deviation: Deviation = "parameter"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, observation: Array, *, action_mask: Array | None = None
+    ) -> tuple[policies.ActionPolicy, Array]:
+        """Policy and value of an observation.
 
         Args:
           observation: `[..., features]`.
           action_mask: `[..., A]` bool, True where the action is allowed; None allows all.
 
         Returns:
-          Logits `[..., A]`, already masked, and value `[...]`.
+          The policy, which never takes a masked action, and the value `[...]`.
         """
-
-        def tower(name: str) -> MLP:
-            return MLP(self.hidden_sizes, self.activation, dtype=self.dtype, name=name)
-
-        policy_head = CategoricalHead(self.num_actions, dtype=self.dtype, name="policy_head")
+        actor = Actor(
+            self.action_space,
+            self.hidden_sizes,
+            self.activation,
+            self.deviation,
+            self.dtype,
+            name="actor",
+        )
+        tower = MLP(self.hidden_sizes, self.activation, dtype=self.dtype, name="value_tower")
         value_head = ValueHead(dtype=self.dtype, name="value_head")
-        logits = policy_head(tower("policy_tower")(observation), mask=action_mask)
-        return logits, value_head(tower("value_tower")(observation))
+        policy = actor(observation, action_mask=action_mask)
+        return policy, value_head(tower(observation))
+
+
+class TabularActor(nn.Module):
+    """A table of logits: it can represent every policy of a finite MDP, and starts uniform.
+
+    Attributes:
+      num_states: `S`.
+      num_actions: `A`.
+      dtype: of the table and of the result.
+    """
+
+    num_states: int
+    num_actions: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, observation: Array, *, action_mask: Array | None = None
+    ) -> policies.Categorical:
+        """The policy in `observation` `[...]`, integers in [0, S); `action_mask` `[..., A]`."""
+        table = TabularEmbedding(self.num_states, self.num_actions, self.dtype, name="policy")
+        logits = table(observation)
+        if action_mask is not None:
+            logits = policy_gradient.masked_logits(logits, action_mask)
+        return policies.Categorical(logits=logits)
 
 
 class TabularActorCritic(nn.Module):
@@ -156,22 +286,16 @@ class TabularActorCritic(nn.Module):
     @nn.compact
     def __call__(
         self, observation: Array, *, action_mask: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Logits and value of a state.
+    ) -> tuple[policies.Categorical, Array]:
+        """Policy and value of a state.
 
         Args:
           observation: `[...]`, integers in [0, S).
           action_mask: `[..., A]` bool, True where the action is allowed; None allows all.
 
         Returns:
-          Logits `[..., A]`, already masked, and value `[...]`.
+          The policy, which never takes a masked action, and the value `[...]`.
         """
-
-        def table(features: int, name: str) -> Array:
-            embedding = TabularEmbedding(self.num_states, features, self.dtype, name=name)
-            return embedding(observation)
-
-        logits = table(self.num_actions, "policy")
-        if action_mask is not None:
-            logits = policy_gradient.masked_logits(logits, action_mask)
-        return logits, table(1, "value")[..., 0]
+        actor = TabularActor(self.num_states, self.num_actions, self.dtype, name="actor")
+        value = TabularEmbedding(self.num_states, 1, self.dtype, name="value")
+        return actor(observation, action_mask=action_mask), value(observation)[..., 0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from flax import struct
 
@@ -94,7 +94,30 @@ class Box:
     high: float | tuple[float, ...]
 
 
-Space = Discrete | Box
+class HybridAction(NamedTuple):
+    """A choice, `[]` int32, and an amount of it, `[D]` float32."""
+
+    choice: Array
+    amount: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """One of `num` choices, and how much of it: which treatment, at which dose.
+
+    Attributes:
+      num: of choices.
+      amount: of every amount, `[D]`.
+      has_amount: `[num]`, False for a choice that takes none, such as no treatment: the amount of
+        such an action is ignored.
+    """
+
+    num: int
+    amount: Box
+    has_amount: tuple[bool, ...]
+
+
+Space = Discrete | Box | Hybrid
 
 
 @dataclass(frozen=True, kw_only=True)

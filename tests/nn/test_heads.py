@@ -10,28 +10,12 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.nn import heads
+from jaxrl_llm.types import Box, Discrete, Hybrid
 
 
 def apply(module: nn.Module, variables: Any, *inputs: Any, **options: Any) -> Any:
     """`module.apply`, which Flax declares as possibly returning mutated variables too."""
     return module.apply(variables, *inputs, **options)
-
-
-def test_categorical_matches_softmax_and_never_draws_a_masked_action():
-    logits = jnp.array([[0.5, 1.0, -1.0], [2.0, 0.0, 0.0]])
-    mask = jnp.array([[True, False, True], [True, True, True]])
-    distribution = heads.categorical(logits, mask)
-    weight = np.exp(np.array(logits)) * np.array(mask)
-    expected = weight / weight.sum(-1, keepdims=True)
-    np.testing.assert_allclose(distribution.probs, expected, rtol=1e-6)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.nansum(expected * np.log(expected), axis=-1)
-    np.testing.assert_allclose(distribution.entropy(), entropy, rtol=1e-6)
-    actions = distribution.sample(seed=jax.random.key(0), sample_shape=(2000,))
-    frequency = np.stack([(np.array(actions) == action).mean(0) for action in range(3)], axis=-1)
-    assert frequency[0, 1] == 0
-    np.testing.assert_allclose(frequency, expected, atol=0.04)  # 4 standard deviations
-    np.testing.assert_allclose(heads.categorical(logits).probs, jax.nn.softmax(logits), rtol=1e-6)
 
 
 def test_categorical_head_is_affine_and_masked():
@@ -93,7 +77,7 @@ def actor_critics() -> list:
     vectors = jnp.array(rng.normal(size=(2, 5, 4)), jnp.float32)
     states = jnp.array(rng.integers(0, 6, size=(2, 5)))
     return [
-        pytest.param(heads.ActorCritic(num_actions=3), vectors, id="mlp"),
+        pytest.param(heads.ActorCritic(Discrete(num=3)), vectors, id="mlp"),
         pytest.param(heads.TabularActorCritic(num_states=6, num_actions=3), states, id="tabular"),
     ]
 
@@ -111,13 +95,13 @@ def test_actor_critic_batched_equals_one_by_one(network, observations):
     variables = random_like(network.init(jax.random.key(0), observations[0, 0]), 1)
     mask = jnp.array([True, False, True])
     masks = jnp.broadcast_to(mask, (2, 5, 3))
-    logits, value = jax.jit(partial(apply, network))(variables, observations, action_mask=masks)
-    assert logits.shape == (2, 5, 3)
+    policy, value = jax.jit(partial(apply, network))(variables, observations, action_mask=masks)
+    assert policy.logits.shape == (2, 5, 3)
     assert value.shape == (2, 5)
     for index in np.ndindex(2, 5):
-        one_logits, one_value = apply(network, variables, observations[index], action_mask=mask)
+        one, one_value = apply(network, variables, observations[index], action_mask=mask)
         assert one_value.shape == ()
-        np.testing.assert_allclose(logits[index], one_logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(policy.logits[index], one.logits, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(value[index], one_value, rtol=1e-5, atol=1e-5)
 
 
@@ -128,21 +112,21 @@ def test_actor_critic_mask_gives_probability_zero_and_finite_gradients(network, 
     masks = jnp.broadcast_to(jnp.array([True, False, True]), (2, 5, 3))
 
     def entropy(variables):
-        logits, value = apply(network, variables, observations, action_mask=masks)
-        return jnp.mean(heads.categorical(logits).entropy()) + jnp.mean(value)
+        policy, value = apply(network, variables, observations, action_mask=masks)
+        return jnp.mean(policy.entropy()) + jnp.mean(value)
 
     unmasked, unmasked_value = apply(network, variables, observations)
     masked, masked_value = apply(network, variables, observations, action_mask=masks)
     np.testing.assert_array_equal(masked_value, unmasked_value)
-    np.testing.assert_array_equal(masked[..., [0, 2]], unmasked[..., [0, 2]])
-    np.testing.assert_array_equal(jax.nn.softmax(masked)[..., 1], np.zeros((2, 5)))
+    np.testing.assert_array_equal(masked.logits[..., [0, 2]], unmasked.logits[..., [0, 2]])
+    np.testing.assert_array_equal(jax.nn.softmax(masked.logits)[..., 1], np.zeros((2, 5)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(entropy)(variables)))
 
 
 @pytest.mark.parametrize(("network", "observations"), actor_critics())
 def test_actor_critic_policy_and_value_share_no_parameter(network, observations):
     variables = random_like(network.init(jax.random.key(0), observations[0, 0]), 1)
-    by_logits = jax.grad(lambda v: jnp.sum(jnp.square(apply(network, v, observations)[0])))
+    by_logits = jax.grad(lambda v: jnp.sum(jnp.square(apply(network, v, observations)[0].logits)))
     by_value = jax.grad(lambda v: jnp.sum(jnp.square(apply(network, v, observations)[1])))
     pairs = zip(
         jax.tree.leaves(by_logits(variables)), jax.tree.leaves(by_value(variables)), strict=True
@@ -152,7 +136,7 @@ def test_actor_critic_policy_and_value_share_no_parameter(network, observations)
 
 
 def test_actor_critic_starts_near_uniform_with_the_published_shapes():
-    network = heads.ActorCritic(num_actions=2)
+    network = heads.ActorCritic(Discrete(num=2))
     observation = jnp.array([1.0, -1.0, 0.5, 2.0])
     variables = network.init(jax.random.key(0), observation)
     kernels = {
@@ -161,23 +145,52 @@ def test_actor_critic_starts_near_uniform_with_the_published_shapes():
         if path[-1].key == "kernel"
     }
     assert kernels == {
-        "policy_tower/hidden_0": (4, 64),
-        "policy_tower/hidden_1": (64, 64),
-        "policy_head/logits": (64, 2),
+        "actor/policy_tower/hidden_0": (4, 64),
+        "actor/policy_tower/hidden_1": (64, 64),
+        "actor/policy_head/categorical/logits": (64, 2),
         "value_tower/hidden_0": (4, 64),
         "value_tower/hidden_1": (64, 64),
         "value_head/value": (64, 1),
     }
-    logits, _ = apply(network, variables, observation)
-    np.testing.assert_allclose(jax.nn.softmax(logits), [0.5, 0.5], atol=0.05)
+    policy, _ = apply(network, variables, observation)
+    np.testing.assert_allclose(jax.nn.softmax(policy.logits), [0.5, 0.5], atol=0.05)
 
 
 def test_tabular_actor_critic_starts_uniform_over_allowed_actions():
     network = heads.TabularActorCritic(num_states=716, num_actions=25)
     variables = network.init(jax.random.key(0), jnp.array(0))
     shapes = jax.tree.map(jnp.shape, variables["params"])
-    assert shapes == {"policy": {"table": (716, 25)}, "value": {"table": (716, 1)}}
+    assert shapes == {"actor": {"policy": {"table": (716, 25)}}, "value": {"table": (716, 1)}}
     mask = jnp.arange(25) < 4
-    logits, value = apply(network, variables, jnp.array(715), action_mask=mask)
-    np.testing.assert_allclose(jax.nn.softmax(logits), np.where(mask, 0.25, 0), rtol=1e-6)
+    policy, value = apply(network, variables, jnp.array(715), action_mask=mask)
+    np.testing.assert_allclose(jax.nn.softmax(policy.logits), np.where(mask, 0.25, 0), rtol=1e-6)
     assert value == 0
+
+
+def test_policy_head_follows_the_action_space():
+    dose = Box(shape=(2,), low=0.0, high=(1.0, 3.0))
+    hybrid = Hybrid(num=3, amount=dose, has_amount=(False, True, True))
+    features, mask = jnp.ones((5, 4)), jnp.broadcast_to(jnp.array([True, False, True]), (5, 3))
+    head = heads.PolicyHead(hybrid)
+    policy = apply(head, head.init(jax.random.key(0), features), features, mask=mask)
+    assert policy.mean.shape == policy.log_deviation.shape == (5, 3, 2)
+    np.testing.assert_array_equal(jax.nn.softmax(policy.logits)[:, 1], np.zeros(5))
+    head = heads.PolicyHead(dose)
+    policy = apply(head, head.init(jax.random.key(0), features), features)
+    # A small initial kernel puts the median of the dose near the middle of its range.
+    np.testing.assert_allclose(policy.action(policy.mode())[0], [0.5, 1.5], atol=0.05)
+    with pytest.raises(ValueError, match=r"action_space has shape \(1, 2\); flatten it"):
+        heads.PolicyHead(Box(shape=(1, 2), low=0.0, high=1.0)).init(jax.random.key(0), features)
+
+
+def test_gaussian_head_deviation_is_a_parameter_or_bounded():
+    generator = np.random.default_rng(0)
+    features = jnp.asarray(1e3 * generator.normal(size=(50, 4)), jnp.float32)
+    fixed = heads.GaussianHead((2,), initial_log_deviation=-1.0)
+    _, log_deviation = apply(fixed, fixed.init(jax.random.key(0), features), features)
+    np.testing.assert_array_equal(log_deviation, np.full((50, 2), -1.0))
+    free = heads.GaussianHead((2,), deviation="network", scale=1.0)
+    _, log_deviation = apply(free, free.init(jax.random.key(0), features), features)
+    low, high = heads.LOG_DEVIATIONS
+    assert np.all((log_deviation >= low) & (log_deviation <= high))
+    np.testing.assert_allclose([log_deviation.min(), log_deviation.max()], [low, high], atol=1e-3)
