@@ -43,7 +43,7 @@ def learn(
     key: Key,
     *,
     policy: Callable[[PyTree], Array],
-    time: Callable[[PyTree], Array],
+    time: Callable[[PyTree], Array] | int,
     num_learners: int,
     num_steps: int,
     num_points: int = 10,
@@ -56,7 +56,7 @@ def learn(
       mdp: the problem, for the exact values.
       key: consumed.
       policy: state of one learner -> its policy, as `evaluate.exact_return` takes it.
-      time: state of one learner -> how far it is, `[]`.
+      time: state of one learner -> how far it is, `[]`; or the time that one step takes.
       num_learners: at least 1.
       num_steps: steps of the algorithm in all.
       num_points: at most this many points of the curve.
@@ -79,19 +79,23 @@ def learn(
     batch = 512 if is_small else 1
 
     @jax.jit
-    def look(mdp: MDP | SuccessorMDP, state: PyTree) -> tuple[Array, Array]:
+    def look(mdp: MDP | SuccessorMDP, state: PyTree) -> Array:
         value = partial(evaluate.exact_return, mdp)
-        values = jax.lax.map(lambda one: value(policy(one)), state, batch_size=batch)
-        return jnp.mean(jax.vmap(time)(state)), values
+        return jax.lax.map(lambda one: value(policy(one)), state, batch_size=batch)
 
-    points: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    points: list[tuple[float, NDArray[Any]]] = []
+
+    def record(step: int, _: Any, state: PyTree) -> None:
+        so_far = step * time if isinstance(time, int) else jnp.mean(jax.vmap(time)(state))
+        points.append((float(so_far), jax.device_get(look(mdp, state))))
+
     state = loop.run(
         many,
         key,
         num_steps=num_steps,
         chunk_steps=max(-(-num_steps // num_points), 1),
         label=label,
-        report=lambda step, metrics, state: points.append(jax.device_get(look(mdp, state))),
+        report=record,
     )
     times, values = zip(*points, strict=True)
     return Learned(time=np.array(times), value=np.stack(values, axis=1), state=state)

@@ -19,7 +19,7 @@ from jaxrl_llm.types.experience import (
     Trajectories,
     Transition,
 )
-from jaxrl_llm.types.learning import Algorithm, Mean, TrainState
+from jaxrl_llm.types.learning import Algorithm, Mean, TrainState, hyperparameters
 from jaxrl_llm.types.tokens import KVCache, Responses, TokenBatch
 
 __all__ = [
@@ -46,4 +46,5 @@ __all__ = [
     "TrainState",
     "Trajectories",
     "Transition",
+    "hyperparameters",
 ]

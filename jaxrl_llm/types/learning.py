@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import struct
 
 from jaxrl_llm.types.arrays import Array, Key, PyTree
+
+NumbersT = TypeVar("NumbersT", bound=Any)
 
 
 @struct.dataclass(kw_only=True)
@@ -55,6 +58,20 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     step: Array
+
+
+def hyperparameters(kind: type[NumbersT], config: object) -> NumbersT:
+    """Each field of `kind` from the field of `config` that has its name, as a `[]` float32.
+
+    What a program is shaped by stays in a configuration. What it only computes with lives as arrays
+    in the learner's state, so that one compiled program serves any of them, and a `vmap` many.
+
+    Args:
+      kind: a pytree dataclass of scalars, such as the `Hyperparameters` of an agent.
+      config: has every field of it, and others.
+    """
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: jnp.float32(getattr(config, name)) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,21 @@ def test_study_ends_at_the_optimum_and_counts_its_time(found):
     assert learned.state.num_steps.tolist() == [2000] * 3
 
 
+def test_learn_may_be_told_the_time_of_a_step():
+    mdp = oracles.corridor(4, step=-1.0, arrival=0.0)
+    learned = table_learning.learn(
+        tabular.make(tabular.Config(num_steps=5), mdp),
+        mdp,
+        jax.random.key(0),
+        policy=lambda state: bellman.greedy(tabular.q_values(state)),
+        time=7,
+        num_learners=2,
+        num_steps=6,
+        num_points=3,
+    )
+    np.testing.assert_array_equal(learned.time, [14, 28, 42])
+
+
 def test_show_prints_and_returns_the_same_numbers(found, capsys):
     result = table_learning.show("Corridor", {"optimum": -2.0}, found)
     assert result == pytest.approx(

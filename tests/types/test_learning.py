@@ -1,11 +1,14 @@
-"""`Mean` adds exactly over minibatches."""
+"""`Mean` adds exactly over minibatches; hyper-parameters are arrays."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
-from jaxrl_llm.types import Mean
+from jaxrl_llm.types import Array, Mean, hyperparameters
 
 
 def test_mean_of_unequal_minibatches_is_the_mean_of_all():
@@ -59,3 +62,18 @@ def test_mean_is_a_pytree_that_scans():
     zero = Mean(total=jnp.zeros(()), weight=jnp.zeros(()))
     total, _ = jax.lax.scan(body, zero, jnp.arange(6.0).reshape(3, 2))
     assert total.mean == 2.5
+
+
+def test_hyperparameters_are_scalars_of_the_fields_of_that_name():
+    @struct.dataclass(kw_only=True)
+    class Numbers:
+        gamma: Array
+
+    @dataclass(frozen=True)
+    class Config:
+        gamma: float = 0.5
+        num_steps: int = 3
+
+    numbers = hyperparameters(Numbers, Config())
+    assert numbers.gamma.dtype == jnp.float32
+    assert jax.tree.map(float, numbers) == Numbers(gamma=0.5)
