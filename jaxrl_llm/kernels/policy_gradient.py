@@ -106,7 +106,10 @@ def entropy(logits: Array, mask: Array | None = None) -> Array:
       `[]`, from 0 to log of the number of allowed actions.
     """
     log_pi = log_policy(logits, mask)
-    return -jnp.sum(jnp.exp(log_pi) * log_pi)
+    probability = jnp.exp(log_pi)
+    # Where it is 0 the logarithm is near the lowest number: twice as much of it is infinite, and
+    # 0 * infinity would be the gradient of an entropy that counts that much.
+    return -jnp.sum(probability * jnp.where(probability > 0, log_pi, 0))
 
 
 def kl_divergence(logits: Array, reference_logits: Array, mask: Array | None = None) -> Array:
