@@ -1,0 +1,78 @@
+"""The picture shows each measured rate where it belongs."""
+
+import json
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from benchmarks import throughput_picture
+
+MACHINE = {
+    "platform": "cpu",
+    "processor": "AMD EPYC",
+    "cores": 2,
+    "device": "cpu",
+    "devices": 1,
+    "versions": {"jax": "0.10.2"},
+}
+
+
+def write(path, *records, machine=MACHINE):
+    lines = [
+        {"case": case, "error": error, "items_per_second": rate, "peer": peer, "machine": machine}
+        for case, rate, peer, error in records
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    peer = {"name": "simglucose", "items_per_second": 72.0}
+    return write(
+        tmp_path / "results.jsonl",
+        ("environments/glucose-1", 3.0, None, None),
+        ("environments/glucose-1", 5e3, peer, None),
+        ("environments/glucose-2048", 1e6, {"missing": "simglucose"}, None),
+        ("environments/icu-sepsis-vitals-64", 2e5, None, None),
+        ("environments/cartpole-64-gymnasium-vector", 4e6, None, None),
+        ("environments/hiv-64", None, None, "out of memory"),
+        ("ppo/cartpole-64", 9.0, None, None),
+    )
+
+
+def test_read_keeps_the_last_rate_of_each_environment(results):
+    measured = throughput_picture.read([results])
+    assert measured.ours == {
+        "glucose": {1: 5e3, 2048: 1e6},
+        "icu-sepsis-vitals": {64: 2e5},
+        "cartpole": {64: 4e6},
+    }
+    assert measured.peers == {"simglucose": {1: 72.0}}
+    assert measured.machine == "AMD EPYC, 2 cores, JAX 0.10.2"
+
+
+def test_throughput_draws_each_rate_and_the_fastest_first(results):
+    (axes,) = throughput_picture.throughput(throughput_picture.read([results])).axes
+    lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert list(lines) == ["cartpole", "glucose", "icu-sepsis-vitals", "(simglucose)"]
+    np.testing.assert_array_equal(lines["glucose"], [[1, 5e3], [2048, 1e6]])
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_main_writes_a_picture(results, tmp_path):
+    path = throughput_picture.main([str(results), "--picture", str(tmp_path / "picture.png")])
+    assert matplotlib.image.imread(path).shape[:2] == (840, 1350)
+
+
+def test_read_refuses_no_environment_and_two_machines(results, tmp_path):
+    empty = write(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="hold no environment; run --match environments"):
+        throughput_picture.read([empty])
+    gpu = {**MACHINE, "platform": "gpu", "device": "NVIDIA H200"}
+    other = write(tmp_path / "gpu.jsonl", ("environments/hiv-1", 1.0, None, None), machine=gpu)
+    assert throughput_picture.read([other]).machine == "1 × NVIDIA H200, JAX 0.10.2"
+    with pytest.raises(ValueError, match=re.escape("are of 2 machines; draw one at a time")):
+        throughput_picture.read([results, other])
