@@ -1,27 +1,36 @@
-"""Environments of other libraries here, and ours there: Gymnasium (export) and gymnax (import).
+"""Our environments in Gymnasium's hands, alone or as a batch.
 
-Both libraries are imported where they are used, so that importing this module costs nothing.
+The other way round, see `gymnasium_rollout` and `gymnax_adapter`. Gymnasium is imported where it is
+used, so that importing this module costs nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from jaxrl_llm import checks
 from jaxrl_llm.envs import core
-from jaxrl_llm.types import Array, Box, Discrete, Environment, Key, PyTree, Space, TimeStep
+from jaxrl_llm.types import (
+    Array,
+    Box,
+    Discrete,
+    Environment,
+    Hybrid,
+    HybridAction,
+    Key,
+    PyTree,
+    Space,
+    TimeStep,
+)
 
 if TYPE_CHECKING:
     import gymnasium
-    import gymnax.environments.environment
 
 Info = dict[str, Any]
 Seeds = int | Sequence[int | None] | None
@@ -40,6 +49,7 @@ def to_gymnasium(
     `fold_in(key(s), 0)` and step number i, from 1, draws from `fold_in(key(s), i)`. A reset without
     a seed draws its s from `np_random`. Where the environment has masks, `info["action_mask"]`,
     after `reset` too, says which actions come next; `action_space.sample` wants it as `np.int8`.
+    A Hybrid action is a dict of `"choice"` and `"amount"`.
 
     Args:
       environment: of one patient.
@@ -191,102 +201,34 @@ def to_gymnasium_vector(
     return Patients()
 
 
-def from_gymnax(
-    name_or_env: str | gymnax.environments.environment.Environment,
-    env_params: PyTree | None = None,
-) -> Environment:
-    """A gymnax environment as an `Environment`, with termination and time limit told apart.
-
-    gymnax merges the limit, `params.max_steps_in_episode`, into `done`. Here an episode that only
-    the limit ends is truncated and not terminated. Observations and actions are as gymnax has them.
-
-    Args:
-      name_or_env: a registered name, such as "CartPole-v1", or an environment.
-      env_params: gymnax parameters; the environment's defaults when None.
-
-    Returns:
-      An environment whose `default_params` are `env_params` as arrays.
+def box(shape: Sequence[int], low: Any, high: Any) -> Box:
+    """The Box with the bounds that another library has as arrays.
 
     Raises:
-      ModuleNotFoundError: gymnax is not installed.
-      ValueError: a space that is neither Discrete nor Box.
+      ValueError: for bounds that differ within an array of two dimensions or more.
     """
-    try:
-        import gymnax
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("gymnax is not installed; run: pip install gymnax") from error
+    shape = tuple(shape)
 
-    env = gymnax.make(name_or_env)[0] if isinstance(name_or_env, str) else name_or_env
-    chosen: Any = env.default_params if env_params is None else env_params
+    def bound(value: Any) -> float | tuple[float, ...]:
+        values = np.broadcast_to(np.asarray(value, float), shape)
+        if (values == values.flat[0]).all():
+            return float(values.flat[0])
+        if values.ndim > 1:
+            raise ValueError(f"space has bounds that differ and shape {shape}; flatten it first")
+        return tuple(values.tolist())
 
-    def reset(key: Key, params: PyTree) -> tuple[PyTree, Array]:
-        observation, state = env.reset_env(key, params)
-        return _strong(state), _strong(observation)
-
-    def step(key: Key, state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
-        observation, following, reward, done, _ = env.step_env(key, state, action, params)
-        # Done without a limit is done by the process itself. Not `is_terminal` of the new state:
-        # some environments write the merged `done` into it. Of this second step XLA keeps only
-        # what the first does not compute already.
-        ended = env.step_env(jax.random.clone(key), state, action, _without_limit(params))[3]
-        terminated = jnp.asarray(ended, bool)
-        return _strong(following), TimeStep(
-            observation=_strong(observation),
-            reward=jnp.asarray(reward, jnp.float32),
-            terminated=terminated,
-            truncated=jnp.asarray(done, bool) & ~terminated,
-            info={},
-        )
-
-    return Environment(
-        name=env.name,
-        reset=reset,
-        step=step,
-        default_params=_strong(chosen),
-        observation_space=_from_gymnax_space(env.observation_space(chosen)),
-        action_space=_from_gymnax_space(env.action_space(chosen)),
-    )
-
-
-def _strong(tree: PyTree) -> PyTree:
-    """Leaves as arrays of a definite dtype: gymnax has Python numbers among them."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
-
-
-def _without_limit(params: PyTree) -> PyTree:
-    limit = getattr(params, "max_steps_in_episode", None)
-    if limit is None:
-        return params
-    never = jnp.full_like(limit, np.iinfo(np.int32).max)
-    return dataclasses.replace(params, max_steps_in_episode=never)
-
-
-def _from_gymnax_space(space: Any) -> Space:
-    from gymnax.environments import spaces
-
-    if isinstance(space, spaces.Discrete):
-        return Discrete(num=int(space.n))
-    if isinstance(space, spaces.Box):
-        shape = tuple(space.shape)
-        return Box(shape=shape, low=_bound(space.low, shape), high=_bound(space.high, shape))
-    raise ValueError(f"space is {type(space).__name__}; only Discrete and Box can be adapted")
-
-
-def _bound(bound: Any, shape: tuple[int, ...]) -> float | tuple[float, ...]:
-    values = np.broadcast_to(np.asarray(bound, float), shape)
-    if (values == values.flat[0]).all():
-        return float(values.flat[0])
-    if values.ndim > 1:
-        raise ValueError(f"space has bounds that differ and shape {shape}; flatten it first")
-    return tuple(values.tolist())
+    return Box(shape=shape, low=bound(low), high=bound(high))
 
 
 def _gymnasium_space(space: Space, dtype: npt.DTypeLike) -> gymnasium.spaces.Space:
-    """A Box has `dtype`; Gymnasium's Discrete is int64."""
+    """A Box has `dtype`; Gymnasium's Discrete is int64; Hybrid is a Dict of both."""
     from gymnasium import spaces
 
     if isinstance(space, Discrete):
         return spaces.Discrete(space.num)
+    if isinstance(space, Hybrid):
+        amount = _gymnasium_space(space.amount, dtype)
+        return spaces.Dict({"choice": spaces.Discrete(space.num), "amount": amount})
     return spaces.Box(*_bounds(space, dtype), dtype=np.dtype(dtype).type)
 
 
@@ -356,28 +298,47 @@ def _final(space: gymnasium.spaces.Space, outcome: TimeStep, ended: np.ndarray) 
 
 def _checked_action(
     environment: Environment, action: Any, num_environments: int | None = None
-) -> np.ndarray:
-    """`action`, of one environment or of a batch, as int32 or float32, or ValueError."""
-    space, array = environment.action_space, np.asarray(action)
+) -> np.ndarray | HybridAction:
+    """`action`, of one environment or of a batch, as int32 and float32, or ValueError."""
+    space = environment.action_space
+    check = partial(_checked_array, environment.name, num_environments)
+    if not isinstance(space, Hybrid):
+        return check("action", space, action)
+    parts = action._asdict() if isinstance(action, HybridAction) else action
+    if not isinstance(parts, Mapping) or set(parts) != {"choice", "amount"}:
+        raise ValueError(
+            f"action is {action!r}; it must be a dict: {environment.name} has a 'choice' of "
+            f"{space.num} and an 'amount'"
+        )
+    return HybridAction(
+        choice=check("action['choice']", Discrete(num=space.num), parts["choice"]),
+        amount=check("action['amount']", space.amount, parts["amount"]),
+    )
+
+
+def _checked_array(
+    owner: str, num_environments: int | None, name: str, space: Discrete | Box, action: Any
+) -> Any:
+    array = np.asarray(action)
     if isinstance(space, Discrete):
         kind, kinds, dtype, shape = "an integer", "iu", np.int32, ()
         low, high, range_ = 0, space.num - 1, f"0 to {space.num - 1}"
     else:
         kind, kinds, dtype, shape = "a number", "iuf", np.float32, space.shape
         (low, high), range_ = _bounds(space, dtype), f"{space.low} to {space.high}"
-    has = f"{environment.name} has actions {range_}"
+    has = f"{owner} has actions {range_}"
     if array.dtype.kind not in kinds:
-        raise ValueError(f"action has dtype {array.dtype}; it must be {kind}: {has}")
+        raise ValueError(f"{name} has dtype {array.dtype}; it must be {kind}: {has}")
     shape = shape if num_environments is None else (num_environments, *shape)
     if array.shape != shape:
-        raise ValueError(f"action has shape {array.shape}; it must be {shape}: {has}")
+        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}: {has}")
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     # int32 could wrap into the range; the bounds of a Box are float32.
     compared = array if kinds == "iu" else converted
     outside = ~((compared >= low) & (compared <= high))
     if outside.any():
-        raise ValueError(f"action {_first(outside, array)} is out of range; {has}")
+        raise ValueError(f"{name} {_first(outside, array)} is out of range; {has}")
     return converted
 
 
@@ -385,8 +346,9 @@ def _refuse_inadmissible(environment: Environment, info: Info, action: Any, stat
     """Raises ValueError where `info` reports that `action`, just taken in `state`, was masked."""
     refused = np.asarray(info.get("inadmissible", False))
     if refused.any():
+        choice: Any = action.choice if isinstance(action, HybridAction) else action
         raise ValueError(
-            f"action {_first(refused, action)} is inadmissible in state {_first(refused, state)} "
+            f"action {_first(refused, choice)} is inadmissible in state {_first(refused, state)} "
             f"of {environment.name}; choose one that info['action_mask'] allows"
         )
 

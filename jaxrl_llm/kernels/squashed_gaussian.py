@@ -36,7 +36,9 @@ def squash(latent: Array, low: Array, high: Array) -> Array:
       `[D]`, in [low, high].
     """
     chex.assert_equal_shape((latent, low, high))
-    return low + (high - low) * (0.5 * jnp.tanh(latent) + 0.5)
+    action = low + (high - low) * (0.5 * jnp.tanh(latent) + 0.5)
+    # Rounding could put it a hair outside, where an environment would refuse it.
+    return jnp.clip(action, min=low, max=high)
 
 
 def log_slope(latent: Array, low: Array, high: Array) -> Array:

@@ -14,7 +14,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equivalent
 
-from jaxrl_llm.envs import adapters, icu_sepsis, treatment
+from jaxrl_llm.envs import adapters, gymnax_adapter, icu_sepsis, treatment
 from tests import oracles
 from tests.envs.problems import make_adder, make_dosing
 
@@ -38,7 +38,7 @@ def test_import_loads_neither_library():
     [
         treatment.make,
         lambda: icu_sepsis.make(inadmissible="mean"),
-        lambda: adapters.from_gymnax("MountainCarContinuous-v0"),
+        lambda: gymnax_adapter.from_gymnax("MountainCarContinuous-v0"),
     ],
     ids=["treatment", "icu_sepsis", "MountainCarContinuous-v0"],
 )

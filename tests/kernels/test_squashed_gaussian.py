@@ -87,3 +87,9 @@ def test_entropy_adds_over_dimensions_and_has_the_right_gradient():
 def test_squash_reaches_the_bounds_and_no_further():
     found = squashed_gaussian.squash(*arrays([-50, 0, 50], LOW, HIGH))
     np.testing.assert_allclose(found, [-1, 2.5, -1])
+    generator = np.random.default_rng(0)
+    low, width = generator.normal(size=1000), generator.exponential(size=1000)
+    low, high = arrays(low, low + width)
+    for latent in (-50, 50):
+        found = squashed_gaussian.squash(jnp.full(1000, latent, jnp.float32), low, high)
+        assert np.all((found >= low) & (found <= high))

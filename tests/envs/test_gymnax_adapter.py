@@ -15,7 +15,8 @@ import pytest
 from flax import struct
 from gymnax.environments import spaces
 
-from jaxrl_llm.envs import adapters, core
+from jaxrl_llm.envs import core
+from jaxrl_llm.envs.gymnax_adapter import from_gymnax
 from jaxrl_llm.types import Box, Discrete
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cartpole():
-    return adapters.from_gymnax("CartPole-v1")
+    return from_gymnax("CartPole-v1")
 
 
 def episode(environment, policy, *, state=None, num_steps):
@@ -64,17 +65,17 @@ def test_from_gymnax_terminates_a_falling_cartpole(cartpole):
 
 def test_from_gymnax_terminates_where_the_limit_falls_together_with_the_fall():
     params: Any = gymnax.make("CartPole-v1")[1]
-    unlimited = episode(adapters.from_gymnax("CartPole-v1"), lambda _: jnp.int32(0), num_steps=12)
+    unlimited = episode(from_gymnax("CartPole-v1"), lambda _: jnp.int32(0), num_steps=12)
     fall = int(unlimited.terminated.argmax())
     for limit, terminated in ((fall, False), (fall + 1, True)):
-        limited = adapters.from_gymnax("CartPole-v1", params.replace(max_steps_in_episode=limit))
+        limited = from_gymnax("CartPole-v1", params.replace(max_steps_in_episode=limit))
         steps = episode(limited, lambda _: jnp.int32(0), num_steps=limit)
         assert bool(steps.terminated[-1]) == terminated
         assert bool(steps.truncated[-1]) != terminated
 
 
 def test_from_gymnax_has_the_dynamics_of_gymnasium(x64):
-    cartpole = adapters.from_gymnax("CartPole-v1")
+    cartpole = from_gymnax("CartPole-v1")
     initial = np.array([0.03, -0.02, 0.04, 0.01])
     state, _ = cartpole.reset(jax.random.key(0), cartpole.default_params)
     x, x_dot, theta, theta_dot = initial
@@ -108,7 +109,7 @@ def test_from_gymnax_has_the_dynamics_of_gymnasium(x64):
 def test_from_gymnax_steps_as_gymnax_does(name):
     made: tuple[Any, Any] = gymnax.make(name)
     env, params = made
-    environment = adapters.from_gymnax(name)
+    environment = from_gymnax(name)
     assert environment.name == env.name
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(environment.default_params))
     action = core.example(environment.action_space)
@@ -145,21 +146,21 @@ def test_from_gymnax_steps_as_gymnax_does(name):
 @pytest.mark.parametrize("name", ["Breakout-MinAtar", "SpaceInvaders-MinAtar"])
 def test_from_gymnax_truncates_where_the_state_remembers_done(name):
     params: Any = gymnax.make(name)[1]
-    environment = adapters.from_gymnax(name, params.replace(max_steps_in_episode=3))
+    environment = from_gymnax(name, params.replace(max_steps_in_episode=3))
     steps = episode(environment, lambda _: jnp.int32(0), num_steps=3)
     np.testing.assert_array_equal(steps.truncated, [False, False, True])
     assert not steps.terminated.any()
 
 
 def test_from_gymnax_truncates_at_a_limit_in_floating_point():
-    bandit = adapters.from_gymnax("BernoulliBandit-misc")
+    bandit = from_gymnax("BernoulliBandit-misc")
     steps = episode(bandit, lambda _: jnp.int32(0), num_steps=100)
     np.testing.assert_array_equal(np.flatnonzero(steps.truncated), [99])
     assert not steps.terminated.any()
 
 
 def test_from_gymnax_terminates_what_ends_by_itself():
-    catch = adapters.from_gymnax("Catch-bsuite")
+    catch = from_gymnax("Catch-bsuite")
     steps = episode(catch, lambda _: jnp.int32(1), num_steps=9)
     np.testing.assert_array_equal(np.flatnonzero(steps.terminated), [8])
     assert not steps.truncated.any()
@@ -193,11 +194,11 @@ def test_from_gymnax_maps_the_spaces(cartpole):
     assert cartpole.observation_space.shape == (4,)
     np.testing.assert_allclose(high[0], 4.8, rtol=1e-6)
     np.testing.assert_allclose(cartpole.observation_space.low, -high)
-    pendulum = adapters.from_gymnax("Pendulum-v1")
+    pendulum = from_gymnax("Pendulum-v1")
     assert pendulum.action_space == Box(shape=(1,), low=-2.0, high=2.0)
     high = (1.0, 1.0, 8.0)
     assert pendulum.observation_space == Box(shape=(3,), low=tuple(-np.array(high)), high=high)
-    catch = adapters.from_gymnax("Catch-bsuite")
+    catch = from_gymnax("Catch-bsuite")
     assert catch.observation_space == Box(shape=(10, 5), low=0.0, high=1.0)
 
 
@@ -231,7 +232,7 @@ class Corridor:
 
 def test_from_gymnax_takes_an_environment_without_a_limit():
     env: Any = Corridor()
-    corridor = adapters.from_gymnax(env)
+    corridor = from_gymnax(env)
     assert corridor.observation_space == Discrete(num=3)
     steps = episode(corridor, lambda _: jnp.int32(1), num_steps=3)
     np.testing.assert_array_equal(steps.terminated, [False, True, True])
@@ -253,11 +254,11 @@ def test_from_gymnax_refuses_other_spaces(space, message):
     env: Any = Corridor()
     env.space = space
     with pytest.raises(ValueError, match=re.escape(message)):
-        adapters.from_gymnax(env)
+        from_gymnax(env)
 
 
 def test_from_gymnax_says_how_to_install_gymnax(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnax", None)
     message = re.escape("gymnax is not installed; run: pip install gymnax")
     with pytest.raises(ModuleNotFoundError, match=message):
-        adapters.from_gymnax("CartPole-v1")
+        from_gymnax("CartPole-v1")
