@@ -13,10 +13,10 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.harness import Case
 from jaxrl_llm.agents import ppo
-from jaxrl_llm.envs import adapters, icu_sepsis
+from jaxrl_llm.envs import gymnax_adapter, icu_sepsis
 from jaxrl_llm.nn.heads import ActorCritic, TabularActorCritic
 from jaxrl_llm.training import loop
-from jaxrl_llm.types import Algorithm, Array, Key
+from jaxrl_llm.types import Algorithm, Array, Discrete, Key
 
 # The defaults of `ppo.Config` ARE purejaxrl's published ones: 4 environments x 128 steps, 4 epochs
 # of 4 minibatches, 976 iterations, Adam at 2.5e-4 falling to 0, two towers of 2 x 64 tanh.
@@ -28,7 +28,8 @@ LAST_ITERATIONS = 20
 
 def cases() -> Iterable[Case]:
     """CartPole, one seed beside the peer and eight at once; ICU-Sepsis, ten at once."""
-    cartpole = ppo.make(CARTPOLE, adapters.from_gymnax("CartPole-v1"), ActorCritic(2))
+    environment = gymnax_adapter.from_gymnax("CartPole-v1")
+    cartpole = ppo.make(CARTPOLE, environment, ActorCritic(Discrete(num=2)))
     yield _case("cartpole-1-seed", cartpole, CARTPOLE, 1, peer=peers.purejaxrl_ppo, agree=_solved)
     yield _case("cartpole-8-seeds", cartpole, CARTPOLE, 8)
     icu = ppo.make(ICU_SEPSIS, icu_sepsis.make(), TabularActorCritic(716, 25))

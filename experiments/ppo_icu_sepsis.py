@@ -47,8 +47,8 @@ def main(config: Config) -> dict[str, float]:
 
     def policies(params: PyTree) -> dict[str, Array]:
         states = jnp.arange(mdp.num_states)
-        logits, _ = network.apply(params, states, action_mask=mdp.action_mask)
-        return {"greedy": bellman.greedy(logits), "stochastic": jax.nn.softmax(logits)}
+        policy, _ = ppo.forward(network, params, states, mdp.action_mask)
+        return {"greedy": policy.mode(), "stochastic": jax.nn.softmax(policy.logits)}
 
     @jax.jit  # one seed at a time: each is a dense linear system
     def survival(state: ppo.State) -> dict[str, Array]:

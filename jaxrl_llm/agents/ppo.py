@@ -1,13 +1,16 @@
-"""Proximal policy optimisation for discrete actions.
+"""Proximal policy optimisation, for discrete, continuous and hybrid actions.
 
 One step of the algorithm is one iteration: collect `num_steps` steps in each of
 `num_environments` environments, estimate advantages, and fit policy and value for `num_epochs`
 passes over the shuffled batch. Read it from the top: `collect`, `loss`, `update`, `make`.
 
+With `curiosity_coefficient` above 0, novelty is rewarded too (`nn.random_network_distillation`).
+
 Source: Schulman et al. (2017), "Proximal Policy Optimization Algorithms", arXiv:1707.06347, with
   the details of Huang et al. (2022), "The 37 implementation details of PPO". Differences: a
   timeout bootstraps from the state it cut short, and values are computed once for the whole batch
-  after the rollout.
+  after the rollout. Curiosity is that of Burda et al. (2018), "Exploration by Random Network
+  Distillation", arXiv:1810.12894, but one value function learns the sum of both rewards.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -27,10 +30,11 @@ from jax.flatten_util import ravel_pytree
 from jaxrl_llm import checks, numerics
 from jaxrl_llm.envs import core
 from jaxrl_llm.kernels import policy_gradient, returns
+from jaxrl_llm.nn import policies, random_network_distillation
+from jaxrl_llm.nn.random_network_distillation import Novelty
 from jaxrl_llm.types import (
     Algorithm,
     Array,
-    Discrete,
     Environment,
     Key,
     Mean,
@@ -39,6 +43,23 @@ from jaxrl_llm.types import (
 )
 
 _LOSS_PARTS = ("policy_loss", "value_loss", "entropy", "kl")
+
+
+@struct.dataclass(kw_only=True)
+class Hyperparameters:
+    """Numbers that a sweep may vary, `[]` float32 each; the fields of `Config` say what they do."""
+
+    learning_rate: Array
+    final_learning_rate: Array
+    adam_epsilon: Array
+    max_gradient_norm: Array
+    gamma: Array
+    gae_lambda: Array
+    clip_epsilon: Array
+    value_clip_epsilon: Array
+    value_coefficient: Array
+    entropy_coefficient: Array
+    curiosity_coefficient: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +100,21 @@ class Config:
     """Standardise the advantages of each minibatch."""
     target_kl: float | None = None
     """Skip an iteration's updates from the first whose KL(old || new) exceeds this; None never."""
+    curiosity_coefficient: float = 0.0
+    """Weight of the reward for novelty, about 1 a step at first; 0 compiles none of it."""
 
     @property
     def batch_size(self) -> int:
         """Transitions collected per iteration."""
         return self.num_environments * self.num_steps
+
+    def hyperparameters(self) -> Hyperparameters:
+        """The fields of the same names as arrays; an unclipped value is clipped at infinity."""
+        names = [field.name for field in dataclasses.fields(Hyperparameters)]
+        values = {name: getattr(self, name) for name in names}
+        return Hyperparameters(
+            **{k: jnp.float32(jnp.inf if v is None else v) for k, v in values.items()}
+        )
 
     def validate(self) -> None:
         """Raises ValueError, in one line that starts with the field's name."""
@@ -97,6 +128,7 @@ class Config:
                 checks.positive(name, getattr(self, name))
         for name in ("final_learning_rate", "value_coefficient", "entropy_coefficient"):
             checks.at_least(name, getattr(self, name), 0)
+        checks.at_least("curiosity_coefficient", self.curiosity_coefficient, 0)
         checks.between("gamma", self.gamma, 0, 1)
         checks.between("gae_lambda", self.gae_lambda, 0, 1)
         batch = f"num_environments × num_steps = {self.batch_size}"
@@ -106,120 +138,146 @@ class Config:
 
 @struct.dataclass(kw_only=True)
 class State:
-    """A learner under way: its parameters, and the environments `[B]` it is acting in."""
+    """A learner under way: its parameters, and the environments `[B]` it is acting in.
 
+    With curiosity, `train.params` has a collection "curiosity" beside the network's own.
+    """
+
+    hyperparameters: Hyperparameters
     train: TrainState
     running: core.Running
+    novelty: Novelty | None
 
 
 @struct.dataclass(kw_only=True)
 class Batch:
-    """What an update reads, one row a transition, `[N, ...]`."""
+    """What an update reads, one row a transition, `[N, ...]`.
 
-    observation: Array
-    action: Array
+    `latent` is the action before it was squashed into its bounds, as `nn.policies` says; `arrival`
+    the normalised features of the next observation, with curiosity.
+    """
+
+    observation: PyTree
+    latent: PyTree
     action_mask: Array | None
     log_probability: Array
     value: Array
     advantage: Array
+    arrival: Array | None = None
 
 
 def forward(
     network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
-) -> tuple[Array, Array]:
-    """Masked logits `[..., A]` and value `[...]`."""
+) -> tuple[Any, Array]:
+    """The policy, one of `nn.policies` and masked, and the value `[...]`."""
     outputs: Any = network.apply(params, observation, action_mask=action_mask)
     return outputs
 
 
 def collect(
     config: Config, environment: Environment, network: nn.Module, key: Key, state: State
-) -> tuple[core.Running, Batch, dict[str, Mean]]:
+) -> tuple[State, Batch, dict[str, Mean]]:
     """Acts for `num_steps` steps and estimates advantages.
 
     Returns:
-      The environments afterwards, the batch of `batch_size` rows, and the mean return and length
-      of the episodes that ended.
+      The state with its environments as they are afterwards, the batch of `batch_size` rows, and
+      the mean return and length of the episodes that ended.
     """
-    params = state.train.params
+    params, hyperparameters = state.train.params, state.hyperparameters
+    rollout_key, noise_key = jax.random.split(key)
 
-    rollout_key, action_key = jax.random.split(key)
+    def act(
+        noise: PyTree, observation: PyTree, action_mask: Array | None
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        policy, _ = forward(network, params, observation, action_mask)
+        latent = policy.sample(noise)
+        return policy.action(latent), {"policy": policy, "latent": latent}
 
-    def policy(
-        uniform: Array, observation: Array, action_mask: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
-        logits, _ = forward(network, params, observation, action_mask)
-        return jax.vmap(policy_gradient.sample_action)(logits, uniform), {"logits": logits}
-
+    shape = (config.num_steps, config.num_environments)
     running, steps = core.rollout(
         environment,
-        policy,
+        act,
         rollout_key,
         state.running,
         num_steps=config.num_steps,
-        noise=jax.random.uniform(action_key, (config.num_steps, config.num_environments)),
+        noise=policies.draw_noise(environment.action_space, noise_key, shape),
     )
-    action_mask = steps.extras.get("action_mask")
+    reward, novelty, arrival = steps.reward, state.novelty, None
+    if novelty is not None:
+        space, arrived = environment.observation_space, steps.next_observation
+        novelty, arrival, bonus = novelty.reward(
+            params["curiosity"], space, arrived, hyperparameters.gamma
+        )
+        reward = reward + hyperparameters.curiosity_coefficient * bonus
+    latent, policy = steps.extras["latent"], cast(Any, steps.extras["policy"])
     _, value = forward(network, params, steps.observation, None)
     _, next_value = forward(network, params, steps.next_observation, None)
-    estimate = jax.vmap(partial(returns.gae, lambda_=config.gae_lambda), in_axes=1, out_axes=1)
     ended = steps.terminated | steps.truncated
-    advantage = estimate(
-        steps.reward, config.gamma * (1 - steps.terminated), value, next_value, ended
+    estimate = partial(returns.gae, lambda_=hyperparameters.gae_lambda)
+    advantage = jax.vmap(estimate, in_axes=1, out_axes=1)(
+        reward, hyperparameters.gamma * (1 - steps.terminated), value, next_value, ended
     )
-    by_step = jax.vmap(jax.vmap(policy_gradient.log_probability))
     batch = Batch(
         observation=steps.observation,
-        action=steps.action,
-        action_mask=action_mask,
-        log_probability=by_step(steps.extras["logits"], steps.action),
+        latent=latent,
+        action_mask=steps.extras.get("action_mask"),
+        log_probability=policy.log_probability(latent),
         value=value,
         advantage=advantage,
+        arrival=arrival,
     )
     metrics = {
         name: Mean.of(steps.extras[name].astype(jnp.float32), ended)
         for name in ("episode_return", "episode_length")
     }
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
-    return running, rows, metrics
+    return dataclasses.replace(state, running=running, novelty=novelty), rows, metrics
 
 
 def loss(
-    config: Config, network: nn.Module, params: PyTree, batch: Batch
+    config: Config,
+    hyperparameters: Hyperparameters,
+    network: nn.Module,
+    params: PyTree,
+    batch: Batch,
 ) -> tuple[Array, dict[str, Mean]]:
     """The mean loss of a minibatch, and its parts."""
-    logits, value = forward(network, params, batch.observation, batch.action_mask)
-    log_policy = jax.vmap(policy_gradient.log_policy)(logits)
-    log_probability = jax.vmap(policy_gradient.log_probability)(log_policy, batch.action)
+    policy, value = forward(network, params, batch.observation, batch.action_mask)
+    log_probability = policy.log_probability(batch.latent)
     advantage = batch.advantage
     if config.whiten_advantages:
         advantage = numerics.masked_whiten(advantage, jnp.ones_like(advantage, bool))
-    policy_loss = policy_gradient.ppo_clip_loss(
-        log_probability, batch.log_probability, advantage, config.clip_epsilon
-    )
-    value_loss = policy_gradient.clipped_value_loss(
-        value,
-        batch.value,
-        batch.advantage + batch.value,
-        jnp.inf if config.value_clip_epsilon is None else config.value_clip_epsilon,
-    )
     parts = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": jax.vmap(policy_gradient.entropy)(log_policy),
+        "policy_loss": policy_gradient.ppo_clip_loss(
+            log_probability, batch.log_probability, advantage, hyperparameters.clip_epsilon
+        ),
+        "value_loss": policy_gradient.clipped_value_loss(
+            value,
+            batch.value,
+            batch.advantage + batch.value,
+            hyperparameters.value_clip_epsilon,
+        ),
+        "entropy": policy.entropy(),
         "kl": policy_gradient.kl_k3(batch.log_probability, log_probability),
     }
-    metrics = {name: Mean.of(parts[name]) for name in _LOSS_PARTS}
+    if batch.arrival is not None:
+        parts["distillation_loss"] = random_network_distillation.prediction_error(
+            params["curiosity"], batch.arrival
+        )
+    metrics = {name: Mean.of(part) for name, part in parts.items()}
     total = (
         metrics["policy_loss"].mean
-        + config.value_coefficient * metrics["value_loss"].mean
-        - config.entropy_coefficient * metrics["entropy"].mean
+        + hyperparameters.value_coefficient * metrics["value_loss"].mean
+        - hyperparameters.entropy_coefficient * metrics["entropy"].mean
     )
+    if batch.arrival is not None:
+        total = total + metrics["distillation_loss"].mean
     return total, metrics
 
 
 def update(
     config: Config,
+    hyperparameters: Hyperparameters,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     key: Key,
@@ -233,15 +291,17 @@ def update(
     them take, and a fifth of the whole for networks of this size.
     """
     flat, unravel = ravel_pytree(train.params)
+    names = _LOSS_PARTS if batch.arrival is None else (*_LOSS_PARTS, "distillation_loss")
 
     def minibatch_step(train: TrainState, rows: Array) -> tuple[TrainState, Array]:
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
         gradient, metrics = jax.grad(
-            lambda flat: loss(config, network, unravel(flat), minibatch), has_aux=True
+            lambda flat: loss(config, hyperparameters, network, unravel(flat), minibatch),
+            has_aux=True,
         )(train.params)
         updates, opt_state = optimizer.update(gradient, train.opt_state, train.params)
         params = optax.apply_updates(train.params, updates)
-        totals = jnp.stack([metrics[name].total for name in _LOSS_PARTS])
+        totals = jnp.stack([metrics[name].total for name in names])
         return TrainState(params=params, opt_state=opt_state, step=train.step + 1), totals
 
     def guarded_step(
@@ -249,7 +309,7 @@ def update(
     ) -> tuple[tuple[TrainState, Array], Array]:
         train, stopped = carry
         updated, totals = minibatch_step(train, rows)
-        kl = totals[_LOSS_PARTS.index("kl")] / rows.size
+        kl = totals[names.index("kl")] / rows.size
         stopped = stopped | (kl > jnp.asarray(config.target_kl))
         return (jax.tree.map(partial(jnp.where, stopped), train, updated), stopped), totals
 
@@ -265,7 +325,7 @@ def update(
         (train, _), totals = jax.lax.scan(guarded_step, (train, jnp.bool_(False)), rows)
     train = dataclasses.replace(train, params=unravel(train.params))
     weight = jnp.float32(rows.size)
-    sums = zip(_LOSS_PARTS, jnp.sum(totals, axis=0), strict=True)
+    sums = zip(names, jnp.sum(totals, axis=0), strict=True)
     return train, {name: Mean(total=total, weight=weight) for name, total in sums}
 
 
@@ -274,55 +334,66 @@ def make(config: Config, environment: Environment, network: nn.Module) -> Algori
 
     Args:
       config: validated here.
-      environment: with discrete actions; its `action_mask`, where it has one, is always obeyed.
-      network: a Flax module `(observation, *, action_mask) -> (logits [..., A], value [...])`, its
-        logits masked, such as `nn.heads.ActorCritic` or `nn.heads.TabularActorCritic`.
+      environment: with any action space that `nn.policies` has a policy for; its `action_mask`,
+        where it has one, is always obeyed.
+      network: a Flax module `(observation, *, action_mask) -> (policy, value [...])`, the policy
+        masked and one of `nn.policies`, such as `nn.heads.ActorCritic`.
 
     Returns:
       An `Algorithm` whose state is a `State` and whose step is one iteration.
 
     Raises:
-      ValueError: for a setting out of range, or an action space that is not discrete.
+      ValueError: for a setting out of range, or an action space that no policy covers.
     """
     config.validate()
-    if not isinstance(environment.action_space, Discrete):
-        space = type(environment.action_space).__name__
-        raise ValueError(f"environment.action_space is a {space}; ppo takes Discrete actions")
+    policies.check_action_space("environment.action_space", environment.action_space)
+    observation = core.example(environment.observation_space)
 
     def init(key: Key) -> State:
-        network_key, environment_key = jax.random.split(key)
-        params = network.init(network_key, core.example(environment.observation_space))
-        opt_state = make_optimizer(config, config.learning_rate).init(params)
-        train = TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
+        network_key, environment_key, curiosity_key = jax.random.split(key, 3)
+        params, novelty = network.init(network_key, observation), None
+        if config.curiosity_coefficient:
+            curiosity, novelty = random_network_distillation.init(
+                curiosity_key, environment.observation_space, observation, config.num_environments
+            )
+            params = {**params, "curiosity": curiosity}
+        hyperparameters = config.hyperparameters()
+        optimizer = make_optimizer(hyperparameters, hyperparameters.learning_rate)
+        train = TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
         running = core.start_batch(environment, environment_key, config.num_environments)
-        return State(train=train, running=running)
+        return State(hyperparameters=hyperparameters, train=train, running=running, novelty=novelty)
 
     def step(key: Key, state: State) -> tuple[State, dict[str, Mean]]:
         collect_key, update_key = jax.random.split(key)
-        running, batch, episodes = collect(config, environment, network, collect_key, state)
-        optimizer = make_optimizer(config, learning_rate(config, state.train.step))
-        train, losses = update(config, network, optimizer, update_key, state.train, batch)
-        return State(train=train, running=running), {**episodes, **losses}
+        state, batch, episodes = collect(config, environment, network, collect_key, state)
+        rate = learning_rate(config, state.hyperparameters, state.train.step)
+        optimizer = make_optimizer(state.hyperparameters, rate)
+        train, losses = update(
+            config, state.hyperparameters, network, optimizer, update_key, state.train, batch
+        )
+        return dataclasses.replace(state, train=train), {**episodes, **losses}
 
     return Algorithm(init=init, step=step)
 
 
-def make_optimizer(config: Config, learning_rate: float | Array) -> optax.GradientTransformation:
+def make_optimizer(
+    hyperparameters: Hyperparameters, learning_rate: Array
+) -> optax.GradientTransformation:
     """Adam after clipping by the global norm, its moments one flat vector."""
     return optax.flatten(
         optax.chain(
-            optax.clip_by_global_norm(config.max_gradient_norm),
-            optax.adam(learning_rate, eps=config.adam_epsilon),
+            optax.clip_by_global_norm(hyperparameters.max_gradient_norm),
+            optax.adam(learning_rate, eps=hyperparameters.adam_epsilon),
         )
     )
 
 
-def learning_rate(config: Config, step: Array) -> Array:
+def learning_rate(config: Config, hyperparameters: Hyperparameters, step: Array) -> Array:
     """The rate `[]` of the iteration to which optimiser step `step` `[]` belongs.
 
     It is constant within an iteration and falls linearly from one to the next.
     """
-    schedule = optax.linear_schedule(
-        config.learning_rate, config.final_learning_rate, config.num_iterations
-    )
-    return jnp.asarray(schedule(step // (config.num_epochs * config.num_minibatches)))
+    iteration = step // (config.num_epochs * config.num_minibatches)
+    progress = jnp.minimum(iteration / config.num_iterations, 1)
+    first, last = hyperparameters.learning_rate, hyperparameters.final_learning_rate
+    return first + progress * (last - first)

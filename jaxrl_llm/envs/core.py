@@ -9,17 +9,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from jaxrl_llm import checks
-from jaxrl_llm.types import Array, Discrete, Environment, Key, PyTree, Space, TimeStep, Transition
+from jaxrl_llm.types import (
+    Array,
+    Discrete,
+    Environment,
+    Hybrid,
+    HybridAction,
+    Key,
+    PyTree,
+    Space,
+    TimeStep,
+    Transition,
+)
 
 # (noise, observation [B, ...], action_mask [B, A] or None) -> (action [B, ...], extras); the noise
 # of one step is a key, unless the caller of `rollout` gives another.
 BatchPolicy = Callable[[PyTree, PyTree, Array | None], tuple[Array, dict[str, Array]]]
+
+# The same of a policy with a memory: (memory, noise, observation, action_mask, start [B] bool)
+# -> (memory, action, extras). Where `start`, an episode begins with this observation: the policy
+# forgets BEFORE it looks.
+MemoryPolicy = Callable[
+    [PyTree, PyTree, PyTree, Array | None, Array], tuple[PyTree, Array, dict[str, Array]]
+]
 
 
 @struct.dataclass(kw_only=True)
@@ -122,25 +141,67 @@ def rollout(
 ) -> tuple[Running, Transition]:
     """Steps a batch of environments `num_steps` times under `policy`, resetting as they end.
 
+    Args: those of `rollout_with_memory`, but `policy` is
+      `(noise, observation, action_mask) -> (action, extras)`.
+
+    Returns:
+      What is under way afterwards, and the `Transition` `[T, B, ...]`.
+    """
+
+    def without_memory(
+        memory: PyTree, noise: PyTree, observation: PyTree, action_mask: Array | None, start: Array
+    ) -> tuple[PyTree, Array, dict[str, Array]]:
+        return memory, *policy(noise, observation, action_mask)
+
+    running, _, steps = rollout_with_memory(
+        environment,
+        without_memory,
+        key,
+        running,
+        (),
+        params,
+        num_steps=num_steps,
+        params_axis=params_axis,
+        noise=noise,
+    )
+    return running, steps
+
+
+def rollout_with_memory(
+    environment: Environment,
+    policy: MemoryPolicy,
+    key: Key,
+    running: Running,
+    memory: PyTree,
+    params: PyTree | None = None,
+    *,
+    num_steps: int,
+    params_axis: int | None = None,
+    noise: PyTree | None = None,
+) -> tuple[Running, PyTree, Transition]:
+    """`rollout` under a policy that remembers; forgetting at a new episode is up to the policy.
+
     Keys and the starts of possible next episodes are drawn for all steps at once, before the scan:
     a random draw inside it is a small serial operation that costs more than most steps. The starts
     take as much memory as the transitions.
 
     Args:
       environment: of one patient.
-      policy: `(noise, observation, action_mask) -> (action, extras)` of the whole batch;
-        `action_mask` is None where the environment has none.
+      policy: of the whole batch; see `MemoryPolicy`. `action_mask` is None where the environment
+        has none.
       key: consumed.
       running: `[B]` environments under way, from `start_batch` or from an earlier call.
+      memory: what `policy` knows before the first step; anything where an episode starts.
       params: as in `start_batch`.
       num_steps: T.
       params_axis: as in `start_batch`.
       noise: what `policy` draws from, leaves `[T, ...]`; a key a step when None.
 
     Returns:
-      What is under way afterwards, and a `Transition` `[T, B, ...]`. Its `extras` are the policy's
-      and, of the episode including this step, `episode_return` and `episode_length`; they are the
-      totals where `terminated | truncated`. Where the environment has masks, `action_mask` too.
+      What is under way and remembered afterwards, and a `Transition` `[T, B, ...]`. Its `extras`
+      are the policy's and, of the episode including this step, `episode_return` and
+      `episode_length`; they are the totals where `terminated | truncated`. Where the environment
+      has masks, `action_mask` too.
     """
     params = environment.default_params if params is None else params
     num_environments = running.episode_length.shape[0]
@@ -156,14 +217,23 @@ def rollout(
     )
     step = jax.vmap(partial(auto_reset_step, environment), in_axes=(0, 0, 0, 0, params_axis))
 
-    def body(running: Running, inputs: tuple[PyTree, Key, Running]) -> tuple[Running, Transition]:
+    def body(
+        carry: tuple[Running, PyTree], inputs: tuple[PyTree, Key, Running]
+    ) -> tuple[tuple[Running, PyTree], Transition]:
+        running, memory = carry
         noise, keys, fresh = inputs
         masks = {}
         if environment.action_mask is not None:
             masks["action_mask"] = each(environment.action_mask)(running.state, params)
-        action, extras = policy(noise, running.observation, masks.get("action_mask"))
+        memory, action, extras = policy(
+            memory,
+            noise,
+            running.observation,
+            masks.get("action_mask"),
+            running.episode_length == 0,
+        )
         following, time_step = step(keys, running, action, fresh, params)
-        return following, Transition(
+        return (following, memory), Transition(
             observation=running.observation,
             action=action,
             reward=time_step.reward,
@@ -178,13 +248,16 @@ def rollout(
             },
         )
 
-    return jax.lax.scan(body, running, inputs)
+    (running, memory), steps = jax.lax.scan(body, (running, memory), inputs)
+    return running, memory, steps
 
 
-def example(space: Space) -> Array:
+def example(space: Space) -> Any:
     """An element of `space`, to initialise a network with."""
     if isinstance(space, Discrete):
         return jnp.int32(0)
+    if isinstance(space, Hybrid):
+        return HybridAction(choice=jnp.int32(0), amount=example(space.amount))
     return jnp.broadcast_to(
         jnp.clip(0.0, min=jnp.asarray(space.low), max=jnp.asarray(space.high)), space.shape
     )
@@ -221,3 +294,17 @@ def time_limit(environment: Environment, max_steps: int) -> Environment:
         step=step,
         action_mask=None if mask is None else lambda state, params: mask(state.state, params),
     )
+
+
+def scale_rewards(environment: Environment, scale: float) -> Environment:
+    """The same environment with rewards times `scale`: the same optimum, in a unit that suits.
+
+    Networks learn values near 1 sooner than values in the hundreds.
+    """
+    checks.positive("scale", scale)
+
+    def step(key: Key, state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        state, time_step = environment.step(key, state, action, params)
+        return state, dataclasses.replace(time_step, reward=scale * time_step.reward)
+
+    return dataclasses.replace(environment, step=step)

@@ -219,8 +219,8 @@ def ppo_clip_loss(
     log_probability: Array,
     old_log_probability: Array,
     advantage: Array,
-    clip_epsilon: float,
-    clip_epsilon_high: float | None = None,
+    clip_epsilon: float | Array,
+    clip_epsilon_high: float | Array | None = None,
 ) -> Array:
     """max(-r A, -clip(r, 1 - epsilon, 1 + epsilon_high) A), r = pi(a | s) / pi_old(a | s).
 
@@ -307,7 +307,7 @@ def ppo_kl_penalty_loss(
 
 
 def clipped_value_loss(
-    value: Array, old_value: Array, return_: Array, clip_epsilon: float
+    value: Array, old_value: Array, return_: Array, clip_epsilon: float | Array
 ) -> Array:
     """max((v - G)^2, (v_old + clip(v - v_old, -epsilon, epsilon) - G)^2) / 2.
 

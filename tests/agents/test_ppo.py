@@ -12,12 +12,12 @@ import pytest
 
 from jaxrl_llm.agents import ppo
 from jaxrl_llm.envs import tabular, treatment
-from jaxrl_llm.kernels import bellman, policy_gradient
+from jaxrl_llm.kernels import bellman
 from jaxrl_llm.nn.heads import ActorCritic, TabularActorCritic
 from jaxrl_llm.types import Box, Discrete, Environment, TimeStep
 from tests import oracles
 from tests.agents import probes
-from tests.agents.tables import random_tables, tables
+from tests.agents.tables import logits, random_tables, tables
 
 # Whole iterations, and laws over many draws: minutes of compilation.
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def by_vmap(function, *arguments):
 
 
 def learn(probe, config, network: Any) -> Any:
-    """Logits and values of a trained network wherever the probe's agent may be."""
+    """Policy and values of a trained network wherever the probe's agent may be."""
     algorithm = ppo.make(config, probe.environment, network)
     learned = train(algorithm, config.num_iterations, jax.random.key(0))
     return network.apply(learned.train.params, jnp.array(probe.observation))
@@ -106,14 +106,42 @@ def test_step_learns_probe(probe):
         value_clip_epsilon=None,
         entropy_coefficient=0.0,
     )
-    network = ActorCritic(num_actions=probes.NUM_ACTIONS, hidden_sizes=(16,))
-    logits, value = learn(probe, config, network)
+    network = ActorCritic(probe.environment.action_space, hidden_sizes=(16,))
+    policy, value = learn(probe, config, network)
     np.testing.assert_allclose(value, probe.value, atol=0.01)
-    earned = np.sum(jax.nn.softmax(logits) * probe.q, axis=1)
+    earned = np.sum(jax.nn.softmax(policy.logits) * probe.q, axis=1)
     np.testing.assert_allclose(earned, probe.value, atol=0.02)
 
 
-@pytest.mark.parametrize("probe", [probes.CONSTANT, probes.TIMEOUT], ids=["death", "timeout"])
+AMOUNT_PROBES = (*probes.CONTINUOUS_PROBES, *probes.HYBRID_PROBES)
+
+
+@pytest.mark.parametrize("probe", AMOUNT_PROBES, ids=lambda probe: probe.environment.name)
+def test_step_learns_probe_of_amounts(probe):
+    config = ppo.Config(
+        num_environments=16,
+        num_steps=16,
+        num_iterations=150,
+        learning_rate=0.01,
+        gamma=probe.discount,
+        value_clip_epsilon=None,
+        entropy_coefficient=0.0,
+    )
+    network = ActorCritic(probe.environment.action_space, hidden_sizes=(16,))
+    policy, value = learn(probe, config, network)
+    np.testing.assert_allclose(probe.earned(policy.action(policy.mode())), probe.value, atol=0.01)
+    np.testing.assert_allclose(value, probe.value, atol=0.01)
+
+
+LIMITED = {
+    "death": probes.CONSTANT,
+    "timeout": probes.TIMEOUT,
+    "timeout, dose": probes.CONTINUOUS_TIMEOUT,
+    "timeout, hybrid": probes.HYBRID_TIMEOUT,
+}
+
+
+@pytest.mark.parametrize("probe", LIMITED.values(), ids=LIMITED.keys())
 def test_step_bootstraps_a_timeout_and_not_a_death(probe):
     config = ppo.Config(
         num_steps=16,
@@ -122,7 +150,7 @@ def test_step_bootstraps_a_timeout_and_not_a_death(probe):
         gamma=probe.discount,
         value_clip_epsilon=None,
     )
-    network = ActorCritic(num_actions=probes.NUM_ACTIONS, hidden_sizes=())
+    network = ActorCritic(probe.environment.action_space, hidden_sizes=())
     _, value = learn(probe, config, network)
     np.testing.assert_allclose(value, probe.value, rtol=1e-3)
 
@@ -142,9 +170,9 @@ def test_step_learns_the_optimal_treatment_whatever_the_seed():
     algorithm = ppo.make(config, treatment.make(max_steps=20), network)
     seeds = jax.random.split(jax.random.key(0), 4)
     learned = by_vmap(partial(train, algorithm, config.num_iterations), seeds)
-    logits = learned.train.params["params"]["policy"]["table"]
+    table = logits(learned.train.params)
     evaluate = jax.jit(jax.vmap(partial(bellman.policy_evaluation, oracles.treatment_mdp())))
-    greedy, stochastic = evaluate(jnp.argmax(logits, axis=-1)), evaluate(jax.nn.softmax(logits))
+    greedy, stochastic = evaluate(jnp.argmax(table, axis=-1)), evaluate(jax.nn.softmax(table))
     optimum = np.broadcast_to(oracles.TREATMENT_VALUE, (4, 5))
     np.testing.assert_allclose(greedy.value, optimum, atol=1e-3)
     np.testing.assert_allclose(stochastic.value, optimum, atol=3.0)  # uniform is 63 below
@@ -195,27 +223,30 @@ def test_collect_gives_the_golden_advantages(cut, advantage):
     np.testing.assert_array_equal(batch.observation, [0, 1, 2, 3])
     np.testing.assert_allclose(batch.value, [0.5, 0.6, 0.7, 0.8])
     np.testing.assert_allclose(batch.advantage, advantage, rtol=1e-5)
-    np.testing.assert_array_equal(after.observation, [4])
+    np.testing.assert_array_equal(after.running.observation, [4])
     for name in ("episode_return", "episode_length"):
         assert (metrics[name].total, metrics[name].weight) == (2, 1)
 
 
 def test_collect_keeps_the_columns_of_a_row_together(batch, state, masked_mdp):
-    observation, action = np.array(batch.observation), np.array(batch.action)
-    leaves = state.train.params["params"]
+    observation, action = np.array(batch.observation), np.array(batch.latent)
+    params = state.train.params
     mask = np.array(masked_mdp.action_mask)[observation]
-    weight = np.where(mask, np.exp(np.array(leaves["policy"]["table"])[observation]), 0)
+    weight = np.where(mask, np.exp(np.array(logits(params))[observation]), 0)
     policy = weight / weight.sum(axis=1, keepdims=True)
     rows = np.arange(CONFIG.batch_size)
     np.testing.assert_array_equal(batch.action_mask, mask)
     np.testing.assert_allclose(batch.log_probability, np.log(policy[rows, action]), rtol=1e-5)
-    np.testing.assert_array_equal(batch.value, leaves["value"]["table"][observation, 0])
+    np.testing.assert_array_equal(batch.value, params["params"]["value"]["table"][observation, 0])
 
 
 @pytest.fixture(scope="module")
 def one_step_episodes():
     """Parameters of an MLP and a batch that they collected, one step an episode."""
-    probe, network = probes.ACTION_AND_OBSERVATION, ActorCritic(num_actions=probes.NUM_ACTIONS)
+    probe, network = (
+        probes.ACTION_AND_OBSERVATION,
+        ActorCritic(probes.ACTION.environment.action_space),
+    )
     config = ppo.Config(num_environments=5, num_steps=8)
     state = jax.jit(ppo.make(config, probe.environment, network).init)(jax.random.key(0))
     collect = jax.jit(partial(ppo.collect, config, probe.environment, network))
@@ -226,20 +257,20 @@ def test_collect_pairs_the_advantage_with_its_action(one_step_episodes):
     """Where an episode is one step, the advantage is r(o, a) - V(o)."""
     _, _, batch = one_step_episodes
     index = (np.array(batch.observation)[:, 0] > 0).astype(int)
-    q = probes.ACTION_AND_OBSERVATION.q[index, np.array(batch.action)]
+    q = probes.ACTION_AND_OBSERVATION.q[index, np.array(batch.latent)]
     expected = q - np.array(batch.value)
     np.testing.assert_allclose(batch.advantage, expected, rtol=1e-5, atol=1e-6)
-    assert len(set(zip(index.tolist(), batch.action.tolist(), strict=True))) == 4
+    assert len(set(zip(index.tolist(), batch.latent.tolist(), strict=True))) == 4
 
 
 def test_collect_scores_as_the_first_minibatch_does(one_step_episodes):
     """The first ratio is 1, although a minibatch multiplies other matrices than a rollout."""
     network, params, batch = one_step_episodes
     rows = np.random.default_rng(0).permutation(40)[:10]
-    logits, value = jax.jit(partial(network.apply, action_mask=None))(
+    policy, value = jax.jit(partial(network.apply, action_mask=None))(
         params, batch.observation[rows]
     )
-    scored = jax.vmap(policy_gradient.log_probability)(logits, batch.action[rows])
+    scored = policy.log_probability(batch.latent[rows])
     np.testing.assert_allclose(jnp.exp(scored - batch.log_probability[rows]), 1, atol=1e-5)
     np.testing.assert_allclose(value, batch.value[rows], atol=1e-5)
 
@@ -252,13 +283,14 @@ def test_masked_actions_are_never_taken_and_their_logits_never_move(
     wish = tables(np.where(allowed, 0.0, 9.0), np.zeros(NUM_STATES))
     state = state.replace(train=state.train.replace(params=wish))
     _, batch, _ = collect(jax.random.key(2), state)
-    assert allowed[np.array(batch.observation), np.array(batch.action)].all()
-    gradient = jax.jit(jax.grad(partial(ppo.loss, CONFIG, network), has_aux=True))(wish, batch)[0]
-    table = np.array(gradient["params"]["policy"]["table"])
+    assert allowed[np.array(batch.observation), np.array(batch.latent)].all()
+    loss = partial(ppo.loss, CONFIG, state.hyperparameters, network)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))(wish, batch)[0]
+    table = np.array(logits(gradient))
     assert not table[~allowed].any()
     assert table[allowed].any()
     learned, _ = step(jax.random.key(3), state)
-    table = np.array(learned.train.params["params"]["policy"]["table"])
+    table = np.array(logits(learned.train.params))
     np.testing.assert_array_equal(table[~allowed], 9)
 
 
@@ -284,6 +316,7 @@ INVALID = [
     ("value_coefficient", -0.5),
     ("entropy_coefficient", float("nan")),
     ("target_kl", 0.0),
+    ("curiosity_coefficient", -1.0),
 ]
 
 
@@ -296,10 +329,21 @@ def test_make_refuses_a_setting_in_one_line_that_starts_with_its_name(
         ppo.make(config, environment, network)
 
 
-def test_make_refuses_continuous_actions(environment, network):
-    continuous = dataclasses.replace(environment, action_space=Box(shape=(1,), low=-1.0, high=1.0))
-    with pytest.raises(ValueError, match=r"\Aenvironment\.action_space is a Box; [^\n]+\Z"):
-        ppo.make(CONFIG, continuous, network)
+def test_make_refuses_unbounded_actions(environment, network):
+    space = Box(shape=(1,), low=-1.0, high=float("inf"))
+    unbounded = dataclasses.replace(environment, action_space=space)
+    with pytest.raises(ValueError, match=r"\Aenvironment\.action_space is \[[^\n]+\Z"):
+        ppo.make(CONFIG, unbounded, network)
+
+
+def test_hyperparameters_are_read_from_the_state_and_not_from_the_config(algorithm, step, state):
+    """A learning rate of 0 in the state leaves the parameters where they are."""
+    still = state.hyperparameters.replace(
+        learning_rate=jnp.float32(0), final_learning_rate=jnp.float32(0)
+    )
+    after, _ = step(jax.random.key(4), state.replace(hyperparameters=still))
+    chex.assert_trees_all_equal(after.train.params, state.train.params)
+    assert {field.name for field in dataclasses.fields(still)} <= set(vars(CONFIG))
 
 
 def test_init_starts_every_environment_at_step_zero(algorithm):
@@ -314,8 +358,7 @@ def test_step_is_a_function_of_its_key(step, algorithm, state):
     same, same_metrics = step(jax.random.key(4), state)
     chex.assert_trees_all_equal((first, first_metrics), (same, same_metrics))
     other, _ = step(jax.random.key(5), state)
-    kernels = [state.train.params["params"]["policy"]["table"] for state in (first, other)]
-    assert (kernels[0] != kernels[1]).any()
+    assert (logits(first.train.params) != logits(other.train.params)).any()
     eager, eager_metrics = algorithm.step(jax.random.key(4), state)
     chex.assert_trees_all_close(
         (eager, eager_metrics), (first, first_metrics), rtol=1e-4, atol=1e-6

@@ -321,3 +321,21 @@ def test_example_is_an_element_of_the_space(space, expected):
     element = core.example(space)
     np.testing.assert_array_equal(element, np.asarray(expected))
     assert element.shape == (() if isinstance(space, Discrete) else space.shape)
+
+
+def test_scale_rewards_changes_nothing_but_rewards():
+    counter = make_counter()
+    scaled = core.scale_rewards(counter, 0.25)
+    running = core.start_batch(counter, jax.random.key(0), 2)
+    steps, expected = (
+        core.rollout(environment, zero_policy, jax.random.key(1), running, num_steps=4)[1]
+        for environment in (scaled, counter)
+    )
+    np.testing.assert_array_equal(steps.reward, 0.25 * expected.reward)
+    returns = "episode_return"
+    np.testing.assert_array_equal(steps.extras[returns], 0.25 * expected.extras[returns])
+    same = dict.fromkeys(("reward", "extras"))
+    assert_same(dataclasses.replace(steps, **same), dataclasses.replace(expected, **same))
+    message = re.escape("scale is 0.0; it must be greater than 0")
+    with pytest.raises(ValueError, match=message):
+        core.scale_rewards(counter, 0.0)

@@ -240,7 +240,7 @@ def test_ppo_learns_to_copy_the_prompt():
         entropy_coefficient=0.0,
         value_clip_epsilon=None,
     )
-    algorithm = ppo.make(config, environment, ActorCritic(num_actions=4))
+    algorithm = ppo.make(config, environment, ActorCritic(environment.action_space))
 
     @jax.jit
     def train(key):

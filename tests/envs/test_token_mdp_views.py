@@ -256,7 +256,7 @@ def test_ppo_comes_within_two_percent_of_the_best_reward():
         keys = jax.random.split(steps_key, config.num_iterations)
         return jax.lax.scan(lambda s, k: algorithm.step(k, s), algorithm.init(init_key), keys)[0]
 
-    table = train(jax.random.key(0)).train.params["params"]["policy"]["table"]
+    table = train(jax.random.key(0)).train.params["params"]["actor"]["policy"]["table"]
     logits = table[:-1].reshape(2, mdp.num_prefixes, mdp.vocab_size)
     learned = tabular_log_probability(mdp, logits)
     start = tabular_log_probability(mdp, jnp.zeros_like(logits))

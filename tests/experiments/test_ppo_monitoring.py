@@ -1,0 +1,51 @@
+"""PPO on patient monitoring: its folder, its numbers, and what it learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+
+from experiments import ppo_monitoring
+from jaxrl_llm.training import report
+
+pytestmark = pytest.mark.slow
+
+
+def main(config):
+    """`main` without the key checker, which refuses scans over keys in a vmap."""
+    with jax.debug_key_reuse(False):
+        return ppo_monitoring.main(config)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_main_writes_its_folder_and_returns_what_is_known(recurrent, tmp_path, capsys):
+    size = {"num_environments": 4, "num_steps": 8, "num_iterations": 2}
+    config = ppo_monitoring.Config(
+        output_dir=tmp_path,
+        num_seeds=2,
+        num_evaluations=2,
+        num_checkpoints=1,
+        recurrent=recurrent,
+        vital_signs_only=recurrent,
+        ppo=replace(ppo_monitoring.FEED_FORWARD, **size),
+        recurrent_ppo=replace(ppo_monitoring.RECURRENT, **size),
+    )
+    result = main(config)
+    (folder,) = (tmp_path / "ppo_monitoring").iterdir()
+    assert json.loads((folder / "result.json").read_text()) == result
+    for name in ("learning_curve.png", "episode.png"):
+        assert (folder / name).stat().st_size > 10_000
+    assert result["random"] < result["threshold"] < result["optimal"]
+    assert result["mode_mean"] < result["optimal"]
+    output = capsys.readouterr().out
+    for name in ("random", "threshold", "optimal", "PPO, mode", report.RESEARCH_ONLY):
+        assert name in output
+
+
+def test_default_configuration_comes_close_to_the_optimum(tmp_path):
+    result = main(ppo_monitoring.Config(output_dir=tmp_path))
+    assert result["mode_min"] > result["threshold"]
+    assert result["optimal"] - 0.1 < result["mode_mean"] < result["optimal"] + 0.02
