@@ -32,6 +32,8 @@ MODULES = (
     "returns",
     "environments",
     "ppo",
+    "dqn",
+    "sweep",
     "gpt2",
     "rlhf",
 )

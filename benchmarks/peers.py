@@ -48,6 +48,26 @@ PUREJAXRL_PPO: dict[str, Any] = {
     "DEBUG": False,
 }
 
+# The same of its dqn.py.
+PUREJAXRL_DQN: dict[str, Any] = {
+    "NUM_ENVS": 10,
+    "BUFFER_SIZE": 10_000,
+    "BUFFER_BATCH_SIZE": 128,
+    "TOTAL_TIMESTEPS": 5e5,
+    "EPSILON_START": 1.0,
+    "EPSILON_FINISH": 0.05,
+    "EPSILON_ANNEAL_TIME": 25e4,
+    "TARGET_UPDATE_INTERVAL": 500,
+    "LR": 2.5e-4,
+    "LEARNING_STARTS": 10_000,
+    "TRAINING_INTERVAL": 10,
+    "LR_LINEAR_DECAY": False,
+    "GAMMA": 0.99,
+    "TAU": 1.0,
+    "ENV_NAME": "CartPole-v1",
+    "WANDB_MODE": "disabled",
+}
+
 
 def require(module: str) -> types.ModuleType:
     """Imports `module` without its greetings and warnings.
@@ -279,33 +299,51 @@ def purejaxrl_ppo(num_seeds: int = 1) -> Peer:
       A peer whose result has `["metrics"]["returned_episode_returns"]`, with a leading axis of
       seeds where there are several.
     """
-    train = _purejaxrl_module().make_train(dict(PUREJAXRL_PPO))
+    per_update = PUREJAXRL_PPO["NUM_ENVS"] * PUREJAXRL_PPO["NUM_STEPS"]
+    steps = int(PUREJAXRL_PPO["TOTAL_TIMESTEPS"]) // per_update * per_update
+    return _purejaxrl("ppo", PUREJAXRL_PPO, steps, num_seeds)
+
+
+def purejaxrl_dqn(num_seeds: int = 1) -> Peer:
+    """purejaxrl's DQN on CartPole as published: 5e5 environment steps a seed.
+
+    Returns:
+      A peer whose result has `["metrics"]["returns"]`, a number for each of its 50,000 steps of ten
+      environments, with a leading axis of seeds where there are several.
+    """
+    return _purejaxrl("dqn", PUREJAXRL_DQN, int(PUREJAXRL_DQN["TOTAL_TIMESTEPS"]), num_seeds)
+
+
+def _purejaxrl(name: str, config: dict[str, Any], steps: int, num_seeds: int) -> Peer:
+    train = _purejaxrl_module(name).make_train(dict(config))
     key = jax.random.key(30)
     if num_seeds > 1:
         train, key = jax.vmap(train), jax.random.split(key, num_seeds)
-    per_update = PUREJAXRL_PPO["NUM_ENVS"] * PUREJAXRL_PPO["NUM_STEPS"]
-    steps = int(PUREJAXRL_PPO["TOTAL_TIMESTEPS"]) // per_update * per_update
     return Peer("purejaxrl", jax.jit(train), (key,), num_seeds * steps)
 
 
-def _purejaxrl_module() -> types.ModuleType:
+def _purejaxrl_module(name: str) -> types.ModuleType:
     folder = Path(os.environ.get("PUREJAXRL", "")) / "purejaxrl"
-    if "PUREJAXRL" not in os.environ or not (folder / "ppo.py").exists():
+    if "PUREJAXRL" not in os.environ or not (folder / f"{name}.py").exists():
         raise PeerMissing(
             "peer purejaxrl not found: set PUREJAXRL to a clone of github.com/luchris429/purejaxrl"
         )
-    for package in ("gymnax", "distrax"):
+    for package in ("gymnax", "distrax", "flashbax"):
         require(package)
-    with _importable(folder):
-        return importlib.import_module("ppo")
+    if not hasattr(jax, "tree_map"):
+        # What its DQN was written for; JAX has since renamed it.
+        jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue]
+    with _importable(folder, name):
+        return importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Generator[None]:
-    """Lets `folder` be imported from, with stand-ins for simulators that its PPO never uses."""
+def _importable(folder: Path, name: str) -> Generator[None]:
+    """Lets `name` be imported from `folder`, with stand-ins for what it never uses."""
     unused = types.ModuleType("unused")
     vars(unused).update(dict.fromkeys(("envs", "EpisodeWrapper", "AutoResetWrapper")))
-    names = ("brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training", "navix")
+    brax = ("brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training")
+    names = (*brax, "navix", "wandb")
     absent = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
     sys.modules.update(dict.fromkeys(absent, unused))
     sys.path.insert(0, str(folder))
@@ -313,5 +351,5 @@ def _importable(folder: Path) -> Generator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in (*absent, "ppo", "wrappers"):
-            sys.modules.pop(name, None)
+        for module in (*absent, name, "wrappers"):
+            sys.modules.pop(module, None)

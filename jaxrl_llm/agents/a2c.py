@@ -45,6 +45,7 @@ from jaxrl_llm.types import (
     Space,
     TrainState,
     Transition,
+    hyperparameters,
 )
 
 
@@ -116,8 +117,7 @@ class Config:
 
     def hyperparameters(self) -> Hyperparameters:
         """The fields of the same names as arrays."""
-        names = [field.name for field in dataclasses.fields(Hyperparameters)]
-        return Hyperparameters(**{name: jnp.float32(getattr(self, name)) for name in names})
+        return hyperparameters(Hyperparameters, self)
 
 
 @struct.dataclass(kw_only=True)

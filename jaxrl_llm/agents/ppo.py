@@ -40,6 +40,7 @@ from jaxrl_llm.types import (
     Mean,
     PyTree,
     TrainState,
+    hyperparameters,
 )
 
 _LOSS_PARTS = ("policy_loss", "value_loss", "entropy", "kl")
@@ -110,11 +111,8 @@ class Config:
 
     def hyperparameters(self) -> Hyperparameters:
         """The fields of the same names as arrays; an unclipped value is clipped at infinity."""
-        names = [field.name for field in dataclasses.fields(Hyperparameters)]
-        values = {name: getattr(self, name) for name in names}
-        return Hyperparameters(
-            **{k: jnp.float32(jnp.inf if v is None else v) for k, v in values.items()}
-        )
+        clip = jnp.inf if self.value_clip_epsilon is None else self.value_clip_epsilon
+        return hyperparameters(Hyperparameters, dataclasses.replace(self, value_clip_epsilon=clip))
 
     def validate(self) -> None:
         """Raises ValueError, in one line that starts with the field's name."""

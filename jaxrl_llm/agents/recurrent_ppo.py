@@ -28,7 +28,16 @@ from jaxrl_llm.envs import core
 from jaxrl_llm.kernels import policy_gradient, returns
 from jaxrl_llm.nn import policies
 from jaxrl_llm.nn.recurrent import RecurrentActorCritic
-from jaxrl_llm.types import Algorithm, Array, Environment, Key, Mean, PyTree, TrainState
+from jaxrl_llm.types import (
+    Algorithm,
+    Array,
+    Environment,
+    Key,
+    Mean,
+    PyTree,
+    TrainState,
+    hyperparameters,
+)
 
 
 @struct.dataclass(kw_only=True)
@@ -86,8 +95,7 @@ class Config:
 
     def hyperparameters(self) -> Hyperparameters:
         """The fields of the same names as arrays."""
-        names = [field.name for field in dataclasses.fields(Hyperparameters)]
-        return Hyperparameters(**{name: jnp.float32(getattr(self, name)) for name in names})
+        return hyperparameters(Hyperparameters, self)
 
     def validate(self) -> None:
         """Raises ValueError, in one line that starts with the field's name."""

@@ -55,6 +55,7 @@ from jaxrl_llm.types import (
     Space,
     TrainState,
     Transition,
+    hyperparameters,
 )
 
 BASELINES = ("none", "constant", "moving_average", "value")
@@ -109,8 +110,7 @@ class Config:
 
     def hyperparameters(self) -> Hyperparameters:
         """The fields of the same names as arrays."""
-        names = [field.name for field in dataclasses.fields(Hyperparameters)]
-        return Hyperparameters(**{name: jnp.float32(getattr(self, name)) for name in names})
+        return hyperparameters(Hyperparameters, self)
 
 
 @struct.dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -134,13 +135,14 @@ def test_require_says_how_to_install_what_is_missing():
         peers.require("absent.module")
 
 
-def test_purejaxrl_ppo_says_how_to_get_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("peer", [peers.purejaxrl_ppo, peers.purejaxrl_dqn], ids=["ppo", "dqn"])
+def test_purejaxrl_says_how_to_get_it(monkeypatch, tmp_path, peer):
     monkeypatch.delenv("PUREJAXRL", raising=False)
     with pytest.raises(PeerMissing, match="peer purejaxrl not found: set PUREJAXRL to a clone"):
-        peers.purejaxrl_ppo()
+        peer()
     monkeypatch.setenv("PUREJAXRL", str(tmp_path))
     with pytest.raises(PeerMissing, match="set PUREJAXRL"):
-        peers.purejaxrl_ppo()
+        peer()
 
 
 CLONE_PPO = """
@@ -172,4 +174,29 @@ def test_purejaxrl_ppo_imports_a_clone_and_leaves_no_trace(monkeypatch, tmp_path
     assert result.shape == ((4,) if num_seeds == 1 else (3, 4))
     assert peer.items == num_seeds * 976 * 512  # whole updates in 5e5 steps
     assert not {"brax", "navix", "ppo", "wrappers"} & set(sys.modules)
+    assert str(folder) not in sys.path
+
+
+CLONE_DQN = """
+import jax
+import wandb
+
+def make_train(config):
+    jax.tree_map(lambda leaf: leaf, config)
+    return lambda key: jax.random.uniform(key, (int(config["NUM_ENVS"]),))
+"""
+
+
+def test_purejaxrl_dqn_imports_a_clone_and_leaves_no_trace(monkeypatch, tmp_path):
+    for package in ("gymnax", "flashbax"):
+        pytest.importorskip(package)
+    folder = tmp_path / "purejaxrl"
+    folder.mkdir()
+    (folder / "dqn.py").write_text(CLONE_DQN)
+    monkeypatch.setenv("PUREJAXRL", str(tmp_path))
+    monkeypatch.setattr(jax, "tree_map", jax.tree.map, raising=False)
+    peer = peers.purejaxrl_dqn()
+    assert harness.call(peer).shape == (10,)
+    assert peer.items == 500_000
+    assert not {"wandb", "dqn"} & set(sys.modules)
     assert str(folder) not in sys.path
