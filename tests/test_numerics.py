@@ -343,6 +343,7 @@ def test_random_permutation_sends_every_index_anywhere_equally_often(n):
     assert abs((samples == np.arange(n)).sum(axis=1).mean() - 1) < 4 / np.sqrt(len(samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 8, 10])
 def test_random_permutation_sends_every_pair_anywhere_equally_often(n):
     samples = permutations(n)

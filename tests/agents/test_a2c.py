@@ -312,6 +312,7 @@ def test_make_refuses_an_unbounded_action_space(environment):
         a2c.make(CONFIG, unbounded, NETWORK)
 
 
+@pytest.mark.slow
 def test_update_counts_the_episodes_that_ended(steps):
     state = a2c.init(CONFIG, NETWORK, jax.random.key(0), Discrete(num=NUM_STATES), steps)
     _, metrics = jax.jit(partial(a2c.update, CONFIG, NETWORK))(state, steps)

@@ -120,6 +120,7 @@ def look_up(params: Any, observation: Any) -> Any:
     return params[observation]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

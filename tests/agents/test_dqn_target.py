@@ -82,6 +82,7 @@ def test_soft_update_moves_by_tau_at_every_step():
         np.testing.assert_allclose(state.target_params, target, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_update_is_a_step_of_adam_on_a_gradient_of_limited_norm():
     config = dataclasses.replace(SMALL, max_gradient_norm=0.5, **SIZE)
     (before, _), (after, _) = updates(config, 1)
@@ -98,6 +99,7 @@ def test_update_is_a_step_of_adam_on_a_gradient_of_limited_norm():
     np.testing.assert_allclose(after.train.params, before.train.params + change, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_update_sets_priorities_to_the_absolute_errors():
     config = dataclasses.replace(SMALL, priority_exponent=1.0, **SIZE)
     (before, _), (after, parts) = updates(config, 1)

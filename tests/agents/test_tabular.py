@@ -170,6 +170,7 @@ def test_a_mask_is_never_left_and_can_be_ignored():
     assert np.isfinite(q_of(free)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

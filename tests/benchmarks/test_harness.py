@@ -239,6 +239,7 @@ def test_run_compares_by_the_item_and_its_record_is_json():
     assert record["undisturbed_only"] is True
 
 
+@pytest.mark.slow
 def test_run_leaves_a_missing_peer_out():
     def missing():
         raise PeerMissing("peer quantecon not installed: pip install it")

@@ -65,6 +65,7 @@ def test_select_builds_only_the_module_that_the_match_names(two_modules, match):
     assert two_modules == ["fast/walk", "fast/wrong"]
 
 
+@pytest.mark.slow
 def test_main_writes_a_json_line_a_case_with_the_machine(two_modules, tmp_path, capsys):
     output = tmp_path / "results" / "lines.jsonl"
     options = ["--match", "slow", "--seconds", "0.001", "--output", str(output)]

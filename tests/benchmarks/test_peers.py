@@ -50,6 +50,7 @@ def sparse(problem):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", [lambda problem: problem, sparse], ids=["dense", "sparse"])
 def test_quantecon_solves_the_chain(form, method):

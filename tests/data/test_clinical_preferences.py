@@ -274,6 +274,7 @@ def test_panel_is_ordered_by_reliability():
 # Demonstrations
 
 
+@pytest.mark.slow
 def test_demonstrations_score_what_is_expected_of_them():
     for share in (0.0, 0.6):
         examples = list(demonstrations(0, 0, 300, share_flawed=share))

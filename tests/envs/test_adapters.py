@@ -47,6 +47,7 @@ def test_to_gymnasium_passes_the_checker(make):
     check_env(adapters.to_gymnasium(make()), skip_render_check=True)
 
 
+@pytest.mark.slow
 def test_to_gymnasium_has_gymnasiums_spaces(icu):
     env = adapters.to_gymnasium(icu)
     assert env.observation_space == gymnasium.spaces.Discrete(716)
@@ -83,6 +84,7 @@ def test_to_gymnasium_of_a_discrete_space_returns_its_integers(icu):
     assert observation in env.observation_space
 
 
+@pytest.mark.slow
 def test_to_gymnasium_follows_the_pure_environment(icu):
     env = adapters.to_gymnasium(icu)
     params, root = icu.default_params, jax.random.key(11)

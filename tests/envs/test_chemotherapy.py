@@ -105,6 +105,7 @@ def test_derivative_is_that_of_the_equations(x64):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["continuous", pytest.param("discrete", marks=pytest.mark.slow)])
 def test_episodes_are_sound_under_any_dose(action):
     environment = chemotherapy.make(
@@ -161,6 +162,7 @@ def test_noise_has_the_size_it_says():
     np.testing.assert_array_equal(info["drug"], exact.info["drug"])
 
 
+@pytest.mark.slow
 def test_a_patient_may_be_given_as_parameters():
     environment = chemotherapy.make(max_steps=3)
     params = environment.default_params

@@ -73,6 +73,7 @@ def test_make_ends_only_where_asked():
     assert (float(step.reward), bool(step.terminated), bool(step.truncated)) == (-100, False, True)
 
 
+@pytest.mark.slow
 def test_mdp_is_safest_above_the_edge_for_one_who_explores(x64):
     """What SARSA learns with epsilon .1: it costs 20.7 an episode, the greedy edge 13."""
     problem = cliff_walking.mdp()

@@ -104,6 +104,7 @@ def test_rollout_counts_returns_and_lengths():
     np.testing.assert_array_equal(batch.extras["episode_length"][:, 0], [1, 2, 3, 1, 2])
 
 
+@pytest.mark.slow
 def test_rollout_keeps_the_parameters_of_each_patient():
     counter = make_counter()
     running = core.start_batch(counter, jax.random.key(0), 3, PATIENTS, params_axis=0)
@@ -152,6 +153,7 @@ def test_rollout_gives_no_mask_where_there_is_none():
     assert set(batch.extras) == {"episode_return", "episode_length"}
 
 
+@pytest.mark.slow
 def test_rollout_equals_a_loop_over_patients_and_steps():
     counter = make_counter()
 
@@ -223,6 +225,7 @@ def test_rollout_of_one_step():
     np.testing.assert_array_equal(batch.next_observation[0], running.observation)
 
 
+@pytest.mark.slow
 def test_rollout_resumes_where_it_stopped():
     counter = make_counter()
     start = core.start_batch(counter, jax.random.key(0), 3, PATIENTS, params_axis=0)
@@ -245,6 +248,7 @@ def test_rollout_resumes_where_it_stopped():
     assert_same(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second), whole)
 
 
+@pytest.mark.slow
 def test_rollout_starts_every_episode_elsewhere():
     walk = make_walk()
     start = core.start_batch(walk, jax.random.key(0), 32)

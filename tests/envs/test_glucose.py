@@ -52,6 +52,7 @@ def test_to_action_is_the_inverse_of_to_dose():
     np.testing.assert_allclose(glucose.to_action(jnp.array([-1.0, 99.0])), [0, 1])
 
 
+@pytest.mark.slow
 def test_step_delivers_the_dose_and_keeps_the_patient(follow):
     actions = jnp.full((72, NUM, 1), BASAL).at[3].set(0.8).at[4].set(0.0)
     states, steps = follow(jax.random.key(0), actions)
@@ -130,6 +131,7 @@ def test_patients_differ_after_a_reset_and_not_before():
     np.testing.assert_array_equal(steps.observation[..., 7:9], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["magni", "range"])
 def test_discrete_doses_and_other_rewards(reward):
     environment = glucose.make(action="discrete", reward=reward, minutes=3, noise=False)
@@ -156,6 +158,7 @@ def test_risk_is_zero_in_the_middle_and_one_at_both_ends():
     assert 135 < int(lowest) < 142
 
 
+@pytest.mark.slow
 def test_two_days_have_two_days_of_meals():
     environment = glucose.make(hours=48)
     state, _ = environment.reset(jax.random.key(0), environment.default_params)

@@ -78,6 +78,7 @@ def test_with_belief_is_the_filter_of_what_was_seen():
         assert told.reward == seen.reward
 
 
+@pytest.mark.slow
 def test_with_belief_is_calibrated():
     """Of the steps with a belief near p that the tiger is left, it is there in a share p."""
     environment = hidden.with_belief(tiger.make(max_steps=None), tiger.pomdp())

@@ -85,6 +85,7 @@ def reference(patient, insulin, carbohydrates):
     return np.array(rows)
 
 
+@pytest.mark.slow
 def test_advance_agrees_with_an_adaptive_solver_over_a_day(patients, day):
     """Meals with too much and too little insulin: below 4.5 and above 9 mmol/L, every branch."""
     chosen = jax.tree.map(lambda leaf: leaf[:2], patients)
@@ -129,6 +130,7 @@ def test_basal_solves_the_equations_at_rest(patients, target):
     )
 
 
+@pytest.mark.slow
 def test_population_needs_the_published_daily_dose():
     """Resalat et al. (2019), figure 2: of .05, .1, ... it is .4 that comes nearest to 42.3 U."""
     mean = hovorka.population(
@@ -158,6 +160,7 @@ def test_sample_patient_has_its_law(patients):
     np.testing.assert_allclose(np.mean(patients.weight), 76.3, atol=2)
 
 
+@pytest.mark.slow
 def test_derivative_loses_no_mass(patients):
     """What leaves one compartment enters the next: only sources and sinks change the sums."""
     keys = jax.random.split(jax.random.key(1), 4)

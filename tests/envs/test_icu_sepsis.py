@@ -74,6 +74,7 @@ def environment():
     return icu_sepsis.make()
 
 
+@pytest.mark.slow
 def test_policies_have_the_published_survival(undiscounted):
     initial = icu_sepsis.data().initial
     assert undiscounted.value["random"].dtype == np.float64
@@ -92,6 +93,7 @@ def test_policies_have_the_published_discounted_survival(problem):
         np.testing.assert_allclose(initial @ discounted.value[name], survival, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_policies_have_the_same_values_in_float32(problem, undiscounted):
     single = jax.tree.map(
         lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf,

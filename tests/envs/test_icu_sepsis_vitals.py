@@ -43,6 +43,7 @@ def test_centers_are_standardised_and_differ_in_every_state():
     assert (distance + 1e3 * np.eye(713)).min() > 0.01
 
 
+@pytest.mark.slow
 def test_make_shows_the_exact_centre_without_noise():
     """The state is the nearest centre, so the best value is ICU-Sepsis's own, .8751."""
     environment = icu_sepsis_vitals.make(noise=0, missing=0, max_steps=None)
@@ -84,6 +85,7 @@ def test_make_has_the_values_of_icu_sepsis(problem):
     assert abs(survival - expected) < 4 * np.sqrt(expected * (1 - expected) / NUM_PATIENTS)
 
 
+@pytest.mark.slow
 def test_make_draws_noise_and_missing_values_as_asked():
     environment = icu_sepsis_vitals.make(noise=0.5, missing=0.3, max_steps=None)
     result = step_all(environment, np.tile(np.arange(713), 4))
@@ -98,6 +100,7 @@ def test_make_draws_noise_and_missing_values_as_asked():
     assert abs(error.std() / 0.5 - 1) < 4 / np.sqrt(2 * error.size)
 
 
+@pytest.mark.slow
 def test_make_carries_the_last_value_forward_and_keeps_a_history():
     environment = icu_sepsis_vitals.make(noise=0, missing=1, fill="last", history=3, max_steps=None)
     result = step_all(environment, np.arange(100))

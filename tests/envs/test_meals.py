@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.envs import meals
 
 WINDOWS = np.array([[5, 9], [9, 10], [10, 14], [14, 16], [16, 20], [20, 23]]) * 60
 
 
+@pytest.mark.slow
 def test_draw_has_its_law_on_each_day():
     plan = jax.vmap(lambda key: meals.draw(key, 2))(jax.random.split(jax.random.key(0), 4000))
     time, grams = np.asarray(plan.time), np.asarray(plan.carbohydrates)

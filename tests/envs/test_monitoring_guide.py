@@ -101,6 +101,7 @@ def test_latent_mdp_keeps_the_mean_of_the_mean_square(problem):
     assert float(problem.transition[-2, 0, -1]) > 0.9
 
 
+@pytest.mark.slow
 def test_latent_mdp_predicts_the_simulator(problem, simulate):
     """The optimum, and each action alone, within four standard errors."""
     solved = finite_horizon.backward_induction(problem, NUM_STEPS)

@@ -128,6 +128,7 @@ def test_make_shows_the_symptoms_of_the_pattern():
     np.testing.assert_array_equal(step.observation, [0, 0])
 
 
+@pytest.mark.slow
 def test_make_stream_has_the_exact_regret_of_each_patient():
     """Always treatment 1: rewards around what the symptoms say, and what the best loses to it."""
     num_patients, batch_size = 50, 64

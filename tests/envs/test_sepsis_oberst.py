@@ -195,6 +195,7 @@ def test_mdp_refuses():
         sepsis_oberst.mdp(diabetic=1.2)
 
 
+@pytest.mark.slow
 def test_make_starts_without_treatment_and_is_truncated():
     environment = sepsis_oberst.make(max_steps=1)
     params = environment.default_params

@@ -50,6 +50,7 @@ def compare(name, num_minutes, meals):
     return ours, np.array(theirs)
 
 
+@pytest.mark.slow
 @needs_simglucose
 def test_advance_agrees_with_simglucose_over_a_meal():
     ours, theirs = compare("adult#001", 150, {10: 45.0, 60: 12.0})

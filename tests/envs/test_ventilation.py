@@ -21,6 +21,7 @@ def gases_of(carbon_dioxide, saturation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pressure", pytest.param("volume", marks=pytest.mark.slow)])
 def test_episodes_are_sound_under_any_settings(mode):
     environment = ventilation.make(mode=mode, max_steps=60)
@@ -117,6 +118,7 @@ def course():
     return run
 
 
+@pytest.mark.slow
 def test_protective_settings_keep_most_patients_alive(course):
     alive, time_step = course((12, 26, 12, 0.5))
     assert alive[-1].mean() > 0.85

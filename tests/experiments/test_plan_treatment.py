@@ -43,6 +43,7 @@ def small(tmp_path_factory) -> tuple[plan_treatment.Config, dict[str, float]]:
     return config, plan_treatment.main(config)
 
 
+@pytest.mark.slow
 def test_main_finds_the_oracles_values(small):
     config, result = small
     assert list(result) == [f"{name}_{key}" for name in SMALL for key in ("value", "residual")]

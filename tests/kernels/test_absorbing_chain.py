@@ -48,6 +48,7 @@ def test_absorption_variance_is_that_of_the_law_of_the_time(x64):
     np.testing.assert_allclose(found.probability[:, 4], 1, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_absorption_into_classes_and_vmap_equals_loop(x64):
     matrices = jnp.asarray([chains.TWO_CLASSES, chains.rota(0.9, 0.8, 0.7), np.eye(6)])
     batched = jax.vmap(absorption)(matrices)

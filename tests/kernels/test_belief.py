@@ -101,6 +101,7 @@ def test_belief_update_from_a_terminal_state_stays():
     assert probability == 0
 
 
+@pytest.mark.slow
 def test_belief_update_is_the_same_eager_and_batched():
     pomdp = random_pomdp()
     beliefs = jnp.asarray(kernel.belief_grid(3, 4), jnp.float32)
@@ -132,6 +133,7 @@ def test_expected_reward_averages_over_live_states():
     np.testing.assert_allclose(found, np.array([0.2, 0.3]) @ reward[:2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_qmdp_bound_of_the_tiger_is_189(x64):
     """The next step reveals the tiger: listening, -1, and then 10 at every step: -1 + .95 · 200."""
     pomdp = tiger.pomdp()
@@ -143,6 +145,7 @@ def test_qmdp_bound_of_the_tiger_is_189(x64):
     np.testing.assert_allclose(q.max(axis=1), 200, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_bounds_are_ordered_at_every_belief(seed, x64):
     """QMDP >= FIB >= three exact backups of the blind policies >= the blind policies."""

@@ -82,6 +82,7 @@ def test_iterative_evaluation_of_the_empirical_process_agrees():
     np.testing.assert_allclose(found.q[:-1], expected.q, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fitted_q_evaluation_of_a_long_log_is_the_truth():
     log = simulate(2, 20_000)
     found = evaluate(log.steps, log.mask, jnp.asarray(TARGET), gamma=GAMMA)

@@ -64,6 +64,7 @@ def test_group_advantages_refuse_a_group_of_one(name):
         jax.jit(ADVANTAGES[name])(jnp.ones(1))
 
 
+@pytest.mark.slow
 def test_rloo_advantage_has_no_bias_and_grpo_advantage_has(x64):
     """Enumerates every group of 3 draws from a softmax policy over 3 responses."""
     logits, reward = jnp.array([0.2, -0.4, 0.9]), jnp.array([1.0, 0.0, 3.0])

@@ -96,6 +96,7 @@ def test_structure_of_known_chains(matrix):
     assert_same(described(jnp.asarray(matrix)), brute_force(matrix))
 
 
+@pytest.mark.slow
 def test_structure_in_jit_equals_eager():
     matrix = jnp.asarray(chains.TWO_CLASSES)
     assert_same(describe(matrix), described(matrix))

@@ -155,6 +155,7 @@ def test_hypervolume_is_the_share_of_random_points_dominated(x64):
     np.testing.assert_allclose(found, share.mean(), atol=4 * 0.5 / np.sqrt(len(samples)))
 
 
+@pytest.mark.slow
 def test_hypervolume_of_nothing_is_nothing_and_gradients_are_side_areas(x64):
     assert hypervolume(jnp.zeros((0, 2)), jnp.zeros(2)) == 0
     assert hypervolume(-jnp.ones((3, 3)), jnp.zeros(3)) == 0
@@ -221,6 +222,7 @@ def test_clip_reward_and_signed_log_with_its_inverse(x64):
 # Shaping
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mdp",
     [

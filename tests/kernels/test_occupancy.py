@@ -41,6 +41,7 @@ def linear_program(mdp, cost, budget):
     return -result.fun, -result.ineqlin.marginals[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [lambda mdp: mdp, bellman.successor_form], ids=["dense", "lists"])
 def test_discounted_occupancy_is_the_dual_of_the_value(form, x64):
     mdp = oracles.random_mdp(0, 5, 3, 0.9)
@@ -77,6 +78,7 @@ def test_occupancy_policy_shares_where_nothing_is_visited():
     np.testing.assert_allclose(policy, [[0.5, 0, 0.5], [0.25, 0.75, 0]])
 
 
+@pytest.mark.slow
 def test_constrained_optimum_of_two_states_gives_the_oracle(x64):
     solution = solve(oracles.two_state_mdp(), jnp.array(oracles.M2_COST), oracles.M2_BUDGET)
     assert solution.feasible
@@ -129,6 +131,7 @@ def test_constrained_optimum_of_an_impossible_budget_costs_least(x64):
     assert solution.multiplier == 0
 
 
+@pytest.mark.slow
 def test_constrained_optimum_of_an_episode_matches_linear_programming(x64):
     """Undiscounted; action 0, which leads to the end, costs most."""
     mdp = oracles.terminal_mdp(1, 6, 3)

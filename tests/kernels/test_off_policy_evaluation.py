@@ -111,6 +111,7 @@ def test_estimates_equal_a_numpy_reference(weighted, x64):
             np.testing.assert_allclose(value, found[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_estimates_of_weights_are_those_of_copies(x64):
     evidence, weight = ragged(1), np.array([2, 1, 0, 1, 1, 3, 0, 1, 1])
     copies = jax.tree.map(lambda leaf: np.repeat(leaf, weight, axis=1), evidence)

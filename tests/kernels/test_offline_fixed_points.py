@@ -38,6 +38,7 @@ def test_conservative_evaluation_gives_the_oracle(x64):
     np.testing.assert_allclose(solution.value, oracles.M2_CONSERVATIVE_VALUE, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_conservative_evaluation_is_stationary_for_its_objective(x64):
     """The gradient of the population objective in Q vanishes at the fixed point."""
     mdp = oracles.random_mdp(0, 4, 3, 0.9)
@@ -69,6 +70,7 @@ def test_conservative_evaluation_without_penalty_or_off_policy_is_policy_evaluat
 # Conservative control
 
 
+@pytest.mark.slow
 def test_conservative_control_gives_the_oracle(x64):
     mdp, behaviour = oracles.two_state_mdp(), jnp.array(BEHAVIOUR)
     solution = control(mdp, behaviour, penalty_coefficient=1.0)
@@ -78,6 +80,7 @@ def test_conservative_control_gives_the_oracle(x64):
     np.testing.assert_array_equal(solution.policy, [1, 0])
 
 
+@pytest.mark.slow
 def test_conservative_control_with_a_small_penalty_is_the_optimum_of_the_data(x64):
     mdp = oracles.two_state_mdp()
     all_actions = control(mdp, jnp.array(BEHAVIOUR), penalty_coefficient=1e-7)

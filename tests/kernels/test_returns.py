@@ -281,6 +281,7 @@ def test_returns_jit_equals_eager_and_time_major_vmap_equals_a_loop(kernel, name
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "names"), KERNELS)
 def test_returns_have_correct_gradients(kernel, names, x64):
     arguments = select(stream(), *names)

@@ -71,6 +71,7 @@ def test_spectrum_of_chains_that_do_not_forget_has_no_gap():
     assert alone.relaxation_time == 0
 
 
+@pytest.mark.slow
 def test_spectrum_vmap_equals_loop_equals_numpy_and_eager(x64):
     matrices = jnp.stack([jnp.asarray(chains.random_chain(seed, 6)) for seed in range(4)])
     batched = jax.vmap(spectrum)(matrices)
@@ -150,6 +151,7 @@ def test_mixing_time_is_the_first_power_within_epsilon(matrix, x64):
         assert found.steps == mixing_by_powers(matrix, epsilon)
 
 
+@pytest.mark.slow
 def test_mixing_time_of_slow_and_of_other_chains(x64):
     # d(t) = lambda^t / 2 between two states, for a lambda that needs half a million steps.
     rate = 1e-6

@@ -79,6 +79,7 @@ def test_tree_backup_returns_are_the_naive_recursion(x64):
         np.testing.assert_allclose(got[t], following, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_window_of_certain_actions_gives_n_step_returns(x64):
     state, _, reward, discount, reset = stream(2, length=20)
     value = np.random.default_rng(3).normal(size=20)

@@ -144,6 +144,7 @@ def test_negative_log_likelihood_uses_the_precision_of_the_model():
     np.testing.assert_allclose(actual.total, expected.total, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_uniform_model_is_the_vocabulary(params):
     blank = jax.tree.map(jnp.zeros_like, params)
     for batch in layouts(random_sequences(6, 12)).values():

@@ -101,6 +101,7 @@ def test_text_depends_on_prompt_and_key_alone():
     assert (np.asarray(other_key.tokens) != np.asarray(batch.tokens)).any()
 
 
+@pytest.mark.slow
 def test_tokens_and_mask_may_be_of_any_integer_and_come_back_as_given():
     expected = generate(MODEL, PARAMS, PROMPTS, MASK, KEY, CONFIG)
     for tokens, mask in [
@@ -115,6 +116,7 @@ def test_tokens_and_mask_may_be_of_any_integer_and_come_back_as_given():
     np.testing.assert_array_equal(expected.tokens[:, :5], PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 100])
 def test_stream_yields_what_generate_returns(chunk_tokens):
     expected = generate(MODEL, PARAMS, PROMPTS, MASK, KEY, CONFIG)

@@ -256,6 +256,7 @@ def test_transformers_computes_our_logits_and_keeps_our_bytes(
     assert contents(tmp_path / "c") == contents(tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_numbers_are_those_of_their_script(name) -> None:
     pytest.importorskip("torch")

@@ -54,6 +54,7 @@ def take_steps(config: optimizer.Config, num_steps: int, params: Any, gradients:
     return params
 
 
+@pytest.mark.slow
 def test_make_equals_adamw_by_its_formula_from_warm_up_to_the_end():
     params = draw(0)
     # The first two are clipped, the third is not, and the last is zero but for its momentum.
@@ -67,6 +68,7 @@ def test_make_equals_adamw_by_its_formula_from_warm_up_to_the_end():
         np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_first_step_of_a_warm_up_moves_nothing_and_without_one_every_leaf():
     params, gradient = draw(0), draw(1)
     still = take_steps(CONFIG, 4, params, [gradient])

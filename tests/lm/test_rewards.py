@@ -157,6 +157,7 @@ def test_of_text_names_the_response_whose_score_is_no_number(criteria, result, m
     assert str(caught.value).strip().splitlines()[-1] == f"ValueError: {message}"
 
 
+@pytest.mark.slow
 def test_of_model_takes_its_criteria_by_name():
     params, responses = random_params(MODEL), random_responses(3, 2)
     overall, by_criterion = reward.score_all(MODEL, params, responses)

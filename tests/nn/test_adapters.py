@@ -40,6 +40,7 @@ def test_adapters_start_as_the_identity_and_the_value_at_zero(initial):
     )
 
 
+@pytest.mark.slow
 def test_adapters_start_random_where_the_first_gradient_needs_it(initial):
     leaves = flat(initial)
     zero = {path for path, leaf in leaves.items() if not leaf.any()}
@@ -223,6 +224,7 @@ def test_lora_names_the_field_that_is_wrong(options, message):
         LoRA(**options).validate()
 
 
+@pytest.mark.slow
 def test_adapters_in_bfloat16_stay_near_float32_and_values_are_float32(trained):
     half = MODEL.clone(dtype=jnp.bfloat16, remat=True)
     hidden = run(half, trained, TOKENS, method="hidden_states")

@@ -63,6 +63,7 @@ def assert_matches_transformers(config: GPT2Config, state: dict[str, Any], numbe
     np.testing.assert_array_equal(generated, numbers.generated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_gpt2_matches_committed_transformers(name):
     numbers = golden.load(name)
@@ -71,6 +72,7 @@ def test_gpt2_matches_committed_transformers(name):
     assert_matches_transformers(GPT2Config(**golden.CASES[name].config), state, numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -100,6 +102,7 @@ def test_gpt2_matches_live_transformers(tmp_path, options):
     assert_matches_transformers(config, state, numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 14])  # 14 is beyond the last position
 def test_padding_changes_no_logit_of_a_real_token(params, width):
     alone = run(MODEL, params, TOKENS)
@@ -114,6 +117,7 @@ def test_padding_changes_no_logit_of_a_real_token(params, width):
             np.testing.assert_allclose(logits[mask], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_padding_after_a_full_context_stays_finite(params):
     tokens = RANDOM.integers(TINY.vocab_size, size=(3, 14))
     full, cache = run(MODEL, params, tokens[:, :12], cache=gpt2.init_cache(TINY, 3, 14))
@@ -236,6 +240,7 @@ def test_dropout_of_everything_is_a_model_whose_weights_there_are_zero(field):
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_keeps_its_mean_and_its_masks():
     config = dataclasses.replace(TINY, attn_pdrop=0.3, scale_attn_by_inverse_layer_idx=True)
     often = gpt2.Attention(config, layer=1, dtype=jnp.float32, lora=None)
@@ -293,6 +298,7 @@ def test_remat_recomputes_each_block_and_changes_nothing(params):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(params):
     half = GPT2(TINY, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes(half))} == {np.dtype("float32")}
@@ -340,6 +346,7 @@ def test_output_embedding_scores_the_hidden_states(tied):
     np.testing.assert_allclose(run(model, params, TOKENS), hidden @ embedding.T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_init_draws_each_weight_at_its_scale():
     config = dataclasses.replace(TINY, n_embd=64, n_layer=2, initializer_range=0.1)
     config = dataclasses.replace(config, tie_word_embeddings=False, vocab_size=64, n_positions=64)

@@ -123,6 +123,7 @@ def test_actor_critic_mask_gives_probability_zero_and_finite_gradients(network, 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(entropy)(variables)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "observations"), actor_critics())
 def test_actor_critic_policy_and_value_share_no_parameter(network, observations):
     variables = random_like(network.init(jax.random.key(0), observations[0, 0]), 1)
@@ -167,6 +168,7 @@ def test_tabular_actor_critic_starts_uniform_over_allowed_actions():
     assert value == 0
 
 
+@pytest.mark.slow
 def test_policy_head_follows_the_action_space():
     dose = Box(shape=(2,), low=0.0, high=(1.0, 3.0))
     hybrid = Hybrid(num=3, amount=dose, has_amount=(False, True, True))

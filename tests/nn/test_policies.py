@@ -50,6 +50,7 @@ def far_out(latent: Any) -> Any:
     return jax.tree.map(scaled, latent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_methods_over_leading_dimensions_equal_those_of_one(space):
     policy = example(space)
@@ -62,6 +63,7 @@ def test_methods_over_leading_dimensions_equal_those_of_one(space):
         np.testing.assert_allclose(whole[2, 3], part, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_entropy_is_minus_the_mean_log_probability_of_samples(space):
     num = 40_000
@@ -85,6 +87,7 @@ def test_log_probability_has_a_finite_gradient_even_far_out(space):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_log_probability_agrees_with_distrax():
     for space in SPACES[:2]:
         policy = example(space)

@@ -41,6 +41,7 @@ def test_features_are_one_hot_or_flat():
         distillation.features(hybrid, jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_reward_is_the_error_in_deviations_of_its_discounted_sums(novelty, params):
     """Two rollouts of 5 and 3 steps, with all that was seen kept in NumPy."""
     gamma, reward_of = 0.9, jax.jit(distillation.Novelty.reward, static_argnums=2)
@@ -61,6 +62,7 @@ def test_reward_is_the_error_in_deviations_of_its_discounted_sums(novelty, param
         np.testing.assert_allclose(novelty.discounted_sum, total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_arrivals_are_clipped_at_five_deviations(novelty, params):
     outlier = draw(0, 40).at[7, 2, 1, 1].set(1e4)
     _, arrival, _ = novelty.reward(params, SPACE, outlier, jnp.float32(0.9))

@@ -253,6 +253,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_save_survives_kill_at_any_moment(tmp_path, seed):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

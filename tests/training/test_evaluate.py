@@ -90,6 +90,7 @@ def test_exact_returns_are_those_of_each_policy(x64):
     np.testing.assert_allclose(returns["a"], oracles.M2_EVALUATED_VALUE[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_monte_carlo_return_covers_the_exact_value_of_treatment():
     # No patient ever leaves: what is cut off after 120 steps is at most 180 * 0.9^120 = 6e-4.
     estimate = evaluate.monte_carlo_return(
@@ -146,6 +147,7 @@ def test_monte_carlo_return_favours_neither_short_nor_long_episodes():
     assert biased < exact / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_steps", [1, 3, 10])
 def test_monte_carlo_return_tells_what_fraction_is_unfinished(max_steps):
     estimate = evaluate.monte_carlo_return(
@@ -163,6 +165,7 @@ def test_monte_carlo_return_tells_what_fraction_is_unfinished(max_steps):
     assert abs(estimate.mean - expected) <= 4 * estimate.standard_error + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("confidence", "z"), [(0.95, 1.959964), (0.5, 0.674490)])
 def test_monte_carlo_return_interval_is_the_normal_one(confidence, z):
     # Returns are 1 or 3, so that their deviation follows from their mean.
@@ -202,6 +205,7 @@ def test_monte_carlo_return_covers_as_often_as_it_says():
     assert abs(np.mean(covered) - 0.8) < 0.08
 
 
+@pytest.mark.slow
 def test_monte_carlo_return_hands_the_policy_mask_and_params():
     law = np.zeros((2, 3, 2))
     law[0, :, 1] = 1
@@ -268,6 +272,7 @@ def test_run_solver_residuals_are_those_of_each_iteration(x64):
     np.testing.assert_allclose(found.residuals, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_solver_run_empty_has_the_layout_of_a_run(x64):
     mdp = bellman.successor_form(oracles.treatment_mdp())
     empty = evaluate.SolverRun.empty(mdp)

@@ -228,6 +228,7 @@ def test_train_of_one_learner_goes_on_from_its_state_with_its_data(config):
     np.testing.assert_allclose(started - from_nothing, [100.0, 200.0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_of_one_learner_prefers_a_checkpoint_to_the_state_it_is_given(config, capsys):
     def first(state):
         return {"first": state[0]}

@@ -136,6 +136,7 @@ def test_run_draws_the_same_numbers_at_every_point_whatever_is_beside_it(ranking
     np.testing.assert_array_equal(again.steps, [6, 12, 18, 24])
 
 
+@pytest.mark.slow
 def test_run_of_one_point_is_the_plain_run_of_its_configuration():
     learners = loop.over_seeds(make(Config(rate=0.3, goal=0.7)), NUM_SEEDS)
     plain = loop.run(learners, root(), num_steps=NUM_STEPS, chunk_steps=NUM_STEPS)
@@ -145,6 +146,7 @@ def test_run_of_one_point_is_the_plain_run_of_its_configuration():
     np.testing.assert_allclose(ranking.score[0], jax.vmap(score)(plain), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_run_scores_by_a_metric_over_the_last_stretch():
     rewards = []
     learners = loop.over_seeds(make(Config()), NUM_SEEDS)

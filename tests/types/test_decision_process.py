@@ -43,6 +43,7 @@ def test_mdp_expected_reward_matches_einsum(problem):
     np.testing.assert_allclose(mdp.expected_reward(), reward, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_mdp_under_matches_einsum(problem):
     mdp, transition, _ = problem
     stochastic = np.random.default_rng(2).dirichlet(np.ones(3), size=5)
