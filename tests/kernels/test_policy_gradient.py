@@ -76,7 +76,6 @@ def test_log_probability_entropy_and_kl_match_numpy(mask, x64):
     np.testing.assert_allclose(actual, np.sum(pi * np.log(pi / ref)), rtol=1e-12)
 
 
-@pytest.mark.slow
 def test_masked_functions_equal_those_of_the_subset_and_so_do_gradients(x64):
     logits, reference = jnp.array(random_logits(2)), jnp.array(random_logits(3))
     mask = jnp.array(MASK)
@@ -130,7 +129,6 @@ def test_log_policy_is_idempotent(x64):
     )
 
 
-@pytest.mark.slow
 def test_entropy_extremes_stay_finite():
     certain = jnp.array([1e4, 0.0, -1e4])
     assert policy_gradient.entropy(certain) == 0

@@ -308,7 +308,6 @@ def test_over_seeds_equals_separate_runs():
         assert int(together.count[seed]) == 6
 
 
-@pytest.mark.slow
 def test_over_seeds_does_not_depend_on_their_number():
     few = loop.run(loop.over_seeds(ALGORITHM, 2), jax.random.key(9), num_steps=6, chunk_steps=6)
     many = loop.run(loop.over_seeds(ALGORITHM, 5), jax.random.key(9), num_steps=6, chunk_steps=6)
@@ -353,7 +352,6 @@ loop.run(algorithm, jax.random.key(0), num_steps=40, chunk_steps=4, label="ppo [
 """
 
 
-@pytest.mark.slow
 def test_progress_on_a_terminal_is_a_bar():
     controller, terminal = pty.openpty()
     environment = {
