@@ -5,9 +5,10 @@
 SAC multiplies the basal rate and the boluses of the published rule, from what the pump knows; both
 then treat the same patients through the same meals.
 
-Expected: about 8 minutes of CPU time; 92.0 % of time in range against 91.5 of the rule, a gain of
-0.1 to 0.7 points (paired 95 % interval), with 6.5 % above 180 mg/dL against 8.0, and 1.6 % below 70
-against 0.5. Research only, not for clinical use. SYNTHETIC.
+Expected: 9 minutes of CPU time; 92.0 % of the time in range against 91.5 of the rule (paired 95 %
+interval of the gain 0.1 to 0.7), and with --seed 11, on patients that no setting was chosen by,
+91.6 against 90.7 (0.7 to 1.2). Not free: below 70 mg/dL 1.5 % against 0.5. Research only, not for
+clinical use. SYNTHETIC.
 """
 
 from __future__ import annotations
