@@ -44,7 +44,7 @@ def test_main_writes_its_folder_and_returns_what_is_known(tmp_path, capsys, monk
         assert name in output
 
 
-def test_default_configuration_beats_the_threshold_rule(tmp_path):
-    result = main(dqn_monitoring.Config(output_dir=tmp_path))
+def test_default_settings_beats_the_threshold_rule(tmp_path):
+    result = main(dqn_monitoring.Config(output_dir=tmp_path, num_seeds=2))
     assert result["greedy_mean"] > result["threshold"]
     assert result["optimal"] - 0.1 < result["greedy_mean"] < result["optimal"] + 0.02

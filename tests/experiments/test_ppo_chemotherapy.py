@@ -40,7 +40,7 @@ def test_main_writes_its_folder_and_returns_the_best_constant_dose(tmp_path, cap
         assert name in output
 
 
-def test_default_configuration_beats_the_best_constant_dose_with_every_seed(tmp_path):
-    result = main(ppo_chemotherapy.Config(output_dir=tmp_path))
+def test_default_settings_beats_the_best_constant_dose_with_every_seed(tmp_path):
+    result = main(ppo_chemotherapy.Config(output_dir=tmp_path, num_seeds=2))
     assert result["mode_min"] > 350
     assert result["stochastic_min"] > 350
