@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -71,24 +71,26 @@ class Learner(NamedTuple):
 
 def learners(settings: Settings, mdp: MDP) -> dict[str, Learner]:
     """Each kind of learner, all of them with tables."""
-    size, states, environment = mdp.action_mask.shape, jnp.arange(mdp.num_states), icu_sepsis.make()
-    q, actor = heads.TabularEmbedding(*size), heads.TabularActor(*size)
-    both = heads.TabularActorCritic(*size)
+    states, environment = jnp.arange(mdp.num_states), icu_sepsis.make()
+    q = heads.TabularEmbedding(mdp.num_states, mdp.num_actions)
+    actor = heads.TabularActor(mdp.num_states, mdp.num_actions)
+    both = heads.TabularActorCritic(mdp.num_states, mdp.num_actions)
+
+    def values(params: PyTree) -> Any:
+        return q.apply(params, states)
 
     def logits(params: PyTree) -> Array:
-        return both.apply(params, states)[0].logits
+        outputs: Any = both.apply(params, states)
+        return outputs[0].logits
 
+    def actor_logits(params: sac.Parameters) -> Array:
+        policy: Any = actor.apply(params.actor, states)
+        return policy.logits
+
+    soft = sac.make(settings.sac, environment, actor, critics.TwinQ(q))
     return {
-        "DQN": Learner(
-            dqn.make(settings.dqn, environment, q),
-            lambda params: q.apply(params, states),
-            settings.dqn,
-        ),
+        "DQN": Learner(dqn.make(settings.dqn, environment, q), values, settings.dqn),
         "A2C": Learner(a2c.make(settings.a2c, environment, both), logits, settings.a2c),
         "PPO": Learner(ppo.make(settings.ppo, environment, both), logits, settings.ppo),
-        "SAC": Learner(
-            sac.make(settings.sac, environment, actor, critics.TwinQ(q)),
-            lambda params: actor.apply(params.actor, states).logits,
-            settings.sac,
-        ),
+        "SAC": Learner(soft, actor_logits, settings.sac),
     }
