@@ -20,6 +20,7 @@ from jaxrl_llm.agents import ppo
 from jaxrl_llm.envs import icu_sepsis
 from jaxrl_llm.kernels import bellman
 from jaxrl_llm.nn.heads import TabularActorCritic
+from jaxrl_llm.nn.policies import forward
 from jaxrl_llm.training import cli, evaluate, experiment, plotting, report
 from jaxrl_llm.types import Array, PyTree
 
@@ -47,7 +48,7 @@ def main(config: Config) -> dict[str, float]:
 
     def policies(params: PyTree) -> dict[str, Array]:
         states = jnp.arange(mdp.num_states)
-        policy, _ = ppo.forward(network, params, states, mdp.action_mask)
+        policy, _ = forward(network, params, states, mdp.action_mask)
         return {"greedy": policy.mode(), "stochastic": jax.nn.softmax(policy.logits)}
 
     @jax.jit  # one seed at a time: each is a dense linear system

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxrl_llm.agents import a2c, dqn, ppo, sac
 from jaxrl_llm.envs import icu_sepsis
 from jaxrl_llm.kernels import bellman
-from jaxrl_llm.nn import critics, heads
+from jaxrl_llm.nn import critics, heads, policies
 from jaxrl_llm.types import MDP, Algorithm, Array, PyTree
 
 DQN = dqn.Config(
@@ -80,8 +80,8 @@ def learners(settings: Settings, mdp: MDP) -> dict[str, Learner]:
         return q.apply(params, states)
 
     def logits(params: PyTree) -> Array:
-        outputs: Any = both.apply(params, states)
-        return outputs[0].logits
+        policy, _ = policies.forward(both, params, states, None)
+        return policy.logits
 
     def actor_logits(params: sac.Parameters) -> Array:
         policy: Any = actor.apply(params.actor, states)

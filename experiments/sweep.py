@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxrl_llm.agents import ppo
 from jaxrl_llm.envs import treatment
 from jaxrl_llm.kernels import bellman
+from jaxrl_llm.nn import policies
 from jaxrl_llm.nn.heads import TabularActorCritic
 from jaxrl_llm.training import cli, evaluate, experiment, sweep, sweep_report
 from jaxrl_llm.types import Array
@@ -61,7 +62,7 @@ def main(config: Config) -> dict[str, float]:
     exact = {name: float(value) for name, value in evaluate.exact_returns(mdp, known).items()}
 
     def score(state: ppo.State) -> Array:
-        policy, _ = ppo.forward(network, state.train.params, jnp.arange(mdp.num_states), None)
+        policy, _ = policies.forward(network, state.train.params, jnp.arange(mdp.num_states), None)
         return evaluate.exact_return(mdp, jax.nn.softmax(policy.logits))
 
     algorithm = ppo.make(settings, treatment.make(), network)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxrl_llm.agents import ppo, recurrent_ppo
+from jaxrl_llm.agents import recurrent_ppo
 from jaxrl_llm.envs import core
 from jaxrl_llm.nn import policies
 from jaxrl_llm.nn.recurrent import RecurrentActorCritic
@@ -70,7 +70,7 @@ def actor(network: nn.Module, params: PyTree, *, is_greedy: bool) -> core.Memory
                 network, params, memory, observation, start, action_mask
             )
         else:
-            policy, _ = ppo.forward(network, params, observation, action_mask)
+            policy, _ = policies.forward(network, params, observation, action_mask)
         latent = policy.mode() if is_greedy else policy.sample(noise)
         return memory, policy.action(latent), {}
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -167,25 +167,6 @@ def stale_params(config: Config, state: State) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[slot], state.history)
 
 
-def act(network: nn.Module, params: PyTree) -> core.BatchPolicy:
-    """The policy at `params`, from the noise of `policies.draw_noise`; it remembers its latents."""
-
-    def policy(noise: PyTree, observation: PyTree, action_mask: Array | None) -> tuple[Any, Any]:
-        policy, _ = forward(network, params, observation, action_mask)
-        latent = policy.sample(noise)
-        return policy.action(latent), {"latent": latent}
-
-    return policy
-
-
-def forward(
-    network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
-) -> tuple[Any, Array]:
-    """The policy, one of `nn.policies`, and the value `[...]`."""
-    outputs: Any = network.apply(params, observation, action_mask=action_mask)
-    return outputs
-
-
 def collect(
     config: Config, environment: Environment, network: nn.Module, key: Key, state: State
 ) -> tuple[core.Running, Transition]:
@@ -194,7 +175,7 @@ def collect(
     shape = (config.num_steps, config.num_environments)
     return core.rollout(
         environment,
-        act(network, stale_params(config, state)),
+        policies.act(network, stale_params(config, state)),
         rollout_key,
         state.running,
         num_steps=config.num_steps,
@@ -211,8 +192,8 @@ def loss(
 ) -> tuple[Array, dict[str, Mean]]:
     """The mean loss of what `params` collected, leaves `[T, B, ...]`, and its parts."""
     action_mask = steps.extras.get("action_mask")
-    policy, value = forward(network, params, steps.observation, action_mask)
-    _, next_value = forward(network, params, steps.next_observation, None)
+    policy, value = policies.forward(network, params, steps.observation, action_mask)
+    _, next_value = policies.forward(network, params, steps.next_observation, None)
     estimate = partial(returns.gae, lambda_=hyperparameters.gae_lambda)
     baseline = jax.lax.stop_gradient(value)
     advantage = jax.vmap(estimate, in_axes=1, out_axes=1)(
@@ -244,7 +225,7 @@ def loss(
 def update(
     config: Config, network: nn.Module, state: State, steps: Transition
 ) -> tuple[State, dict[str, Mean]]:
-    """One gradient step on what `act` at `stale_params` collected, here or on a host.
+    """One gradient step on what `policies.act` at `stale_params` collected, here or on a host.
 
     Returns:
       The state afterwards, `running` untouched, and metrics.
@@ -265,10 +246,7 @@ def update(
         step=train.step + 1,
     )
     ended = steps.terminated | steps.truncated
-    episodes = {
-        name: Mean.of(steps.extras[name].astype(jnp.float32), ended)
-        for name in ("episode_return", "episode_length")
-    }
+    episodes = core.episode_metrics(steps.extras, ended)
     return dataclasses.replace(state, train=train, history=history), {**episodes, **metrics}
 
 

@@ -164,14 +164,6 @@ class Batch:
     arrival: Array | None = None
 
 
-def forward(
-    network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
-) -> tuple[Any, Array]:
-    """The policy, one of `nn.policies` and masked, and the value `[...]`."""
-    outputs: Any = network.apply(params, observation, action_mask=action_mask)
-    return outputs
-
-
 def collect(
     config: Config, environment: Environment, network: nn.Module, key: Key, state: State
 ) -> tuple[State, Batch, dict[str, Mean]]:
@@ -187,7 +179,7 @@ def collect(
     def act(
         noise: PyTree, observation: PyTree, action_mask: Array | None
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        policy, _ = forward(network, params, observation, action_mask)
+        policy, _ = policies.forward(network, params, observation, action_mask)
         latent = policy.sample(noise)
         return policy.action(latent), {"policy": policy, "latent": latent}
 
@@ -208,8 +200,8 @@ def collect(
         )
         reward = reward + hyperparameters.curiosity_coefficient * bonus
     latent, policy = steps.extras["latent"], cast(Any, steps.extras["policy"])
-    _, value = forward(network, params, steps.observation, None)
-    _, next_value = forward(network, params, steps.next_observation, None)
+    _, value = policies.forward(network, params, steps.observation, None)
+    _, next_value = policies.forward(network, params, steps.next_observation, None)
     ended = steps.terminated | steps.truncated
     estimate = partial(returns.gae, lambda_=hyperparameters.gae_lambda)
     advantage = jax.vmap(estimate, in_axes=1, out_axes=1)(
@@ -224,10 +216,7 @@ def collect(
         advantage=advantage,
         arrival=arrival,
     )
-    metrics = {
-        name: Mean.of(steps.extras[name].astype(jnp.float32), ended)
-        for name in ("episode_return", "episode_length")
-    }
+    metrics = core.episode_metrics(steps.extras, ended)
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
     return dataclasses.replace(state, running=running, novelty=novelty), rows, metrics
 
@@ -240,7 +229,7 @@ def loss(
     batch: Batch,
 ) -> tuple[Array, dict[str, Mean]]:
     """The mean loss of a minibatch, and its parts."""
-    policy, value = forward(network, params, batch.observation, batch.action_mask)
+    policy, value = policies.forward(network, params, batch.observation, batch.action_mask)
     log_probability = policy.log_probability(batch.latent)
     advantage = batch.advantage
     if config.whiten_advantages:

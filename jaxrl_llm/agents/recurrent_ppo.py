@@ -240,10 +240,7 @@ def collect(
         value=extras["value"],
         advantage=advantage,
     )
-    metrics = {
-        name: Mean.of(extras[name].astype(jnp.float32), ended)
-        for name in ("episode_return", "episode_length")
-    }
+    metrics = core.episode_metrics(extras, ended)
     batch = Batch(sequences=sequences, memory=state.memory)
     return dataclasses.replace(state, running=running, memory=memory), batch, metrics
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -140,25 +140,6 @@ def init(config: Config, network: nn.Module, key: Key, observation_space: Space)
     )
 
 
-def act(network: nn.Module, params: PyTree) -> core.BatchPolicy:
-    """The policy at `params`, from the noise of `policies.draw_noise`; it remembers its latents."""
-
-    def policy(noise: PyTree, observation: PyTree, action_mask: Array | None) -> tuple[Any, Any]:
-        policy, _ = forward(network, params, observation, action_mask)
-        latent = policy.sample(noise)
-        return policy.action(latent), {"latent": latent}
-
-    return policy
-
-
-def forward(
-    network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
-) -> tuple[Any, Array]:
-    """The policy, one of `nn.policies`, and the value `[...]`."""
-    outputs: Any = network.apply(params, observation, action_mask=action_mask)
-    return outputs
-
-
 def collect(
     config: Config, environment: Environment, network: nn.Module, key: Key, state: State
 ) -> Transition:
@@ -167,7 +148,7 @@ def collect(
     shape = (config.num_steps, config.num_environments)
     return core.rollout(
         environment,
-        act(network, state.train.params),
+        policies.act(network, state.train.params),
         rollout_key,
         core.start_batch(environment, start_key, config.num_environments),
         num_steps=config.num_steps,
@@ -199,10 +180,10 @@ def loss(
     """
     hyperparameters = state.hyperparameters
     action_mask = steps.extras.get("action_mask")
-    policy, value = forward(network, params, steps.observation, action_mask)
+    policy, value = policies.forward(network, params, steps.observation, action_mask)
     next_value = jnp.zeros_like(value)
     if config.baseline == "value":
-        _, next_value = forward(network, params, steps.next_observation, None)
+        _, next_value = policies.forward(network, params, steps.next_observation, None)
     ended = steps.terminated | steps.truncated
     return_ = jax.vmap(returns.discounted_returns, in_axes=1, out_axes=1)(
         steps.reward,
@@ -242,7 +223,7 @@ def loss(
 def update(
     config: Config, network: nn.Module, state: State, steps: Transition
 ) -> tuple[State, dict[str, Mean]]:
-    """One gradient step on what `act` at the present parameters collected, here or on a host."""
+    """One gradient step on what `policies.act` at these parameters collected, here or on a host."""
     train, average, hyperparameters = state.train, state.average, state.hyperparameters
     gradient, metrics = jax.grad(
         lambda params: loss(config, network, state, params, steps), has_aux=True
@@ -256,10 +237,7 @@ def update(
     )
     is_last = steps.terminated | steps.truncated
     is_last = first_episode(steps) & is_last.at[-1].set(True)
-    episodes = {
-        name: Mean.of(steps.extras[name].astype(jnp.float32), is_last)
-        for name in ("episode_return", "episode_length")
-    }
+    episodes = core.episode_metrics(steps.extras, is_last)
     train = TrainState(params=params, opt_state=opt_state, step=train.step + 1)
     return dataclasses.replace(state, train=train, average=average), {**episodes, **metrics}
 

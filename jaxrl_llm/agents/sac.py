@@ -180,10 +180,7 @@ def collect(
     """
     running, steps = core.rollout(environment, act, key, running, num_steps=len(noise), noise=noise)
     ended = steps.terminated | steps.truncated
-    metrics = {
-        name: Mean.of(steps.extras[name].astype(jnp.float32), ended)
-        for name in ("episode_return", "episode_length")
-    }
+    metrics = core.episode_metrics(steps.extras, ended)
     return running, dataclasses.replace(steps, extras={}), metrics
 
 

@@ -23,6 +23,7 @@ from jaxrl_llm.types import (
     Hybrid,
     HybridAction,
     Key,
+    Mean,
     PyTree,
     Space,
     TimeStep,
@@ -250,6 +251,16 @@ def rollout_with_memory(
 
     (running, memory), steps = jax.lax.scan(body, (running, memory), inputs)
     return running, memory, steps
+
+
+def episode_metrics(extras: dict[str, Array], ended: Array) -> dict[str, Mean]:
+    """The mean return and length of the episodes that a rollout saw end.
+
+    Args:
+      extras: of the rollout's `Transition`, leaves `[T, B]`.
+      ended: `[T, B]` bool, the last steps of the episodes to count.
+    """
+    return {name: Mean.of(extras[name], ended) for name in ("episode_return", "episode_length")}
 
 
 def example(space: Space) -> Any:

@@ -30,6 +30,7 @@ from jaxrl_llm.types import Array, Box, Discrete, Hybrid, HybridAction, Key, PyT
 
 if TYPE_CHECKING:
     import distrax
+    import flax.linen as nn
 
 Bound = float | tuple[float, ...]
 
@@ -176,6 +177,37 @@ class HybridPolicy:
 
 
 ActionPolicy = Categorical | SquashedGaussian | HybridPolicy
+
+
+def forward(
+    network: nn.Module, params: PyTree, observation: PyTree, action_mask: Array | None
+) -> tuple[Any, Array]:
+    """The policy, one of those above and masked, and the value `[...]` that a network returns.
+
+    Args:
+      network: a Flax module `(observation, *, action_mask) -> (policy, value)`.
+      params: its parameters.
+      observation: leaves `[..., features]`.
+      action_mask: `[..., A]` bool, True where the action is allowed; None allows all.
+    """
+    outputs: Any = network.apply(params, observation, action_mask=action_mask)
+    return outputs
+
+
+def act(network: nn.Module, params: PyTree) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
+    """`(noise, observation, action_mask) -> (action, {"latent": latent})` at `params`.
+
+    It is what a rollout follows; the noise is that of `draw_noise`.
+    """
+
+    def policy(
+        noise: PyTree, observation: PyTree, action_mask: Array | None
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        policy, _ = forward(network, params, observation, action_mask)
+        latent = policy.sample(noise)
+        return policy.action(latent), {"latent": latent}
+
+    return policy
 
 
 def draw_noise(space: Space, key: Key, shape: tuple[int, ...]) -> PyTree:

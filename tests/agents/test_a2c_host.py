@@ -21,13 +21,13 @@ from tests.agents import probes
 pytestmark = pytest.mark.slow
 
 
-def compiled_policy(agent, network, space, num_environments):
+def compiled_policy(network, space, num_environments):
     """`(params, key, observation, action_mask) -> (action, extras)` in one program."""
 
     @jax.jit
     def act(params, key, observation, action_mask):
         noise = policies.draw_noise(space, key, (num_environments,))
-        return agent.act(network, params)(noise, observation, action_mask)
+        return policies.act(network, params)(noise, observation, action_mask)
 
     return act
 
@@ -37,7 +37,7 @@ def learn_by_a2c(host, config, network, num_iterations):
     init_key, root = jax.random.split(jax.random.key(0))
     running = gymnasium_rollout.start(host, seed=0)
     state = a2c.init(config, network, init_key, host.observation_space, running)
-    act = compiled_policy(a2c, network, host.action_space, host.num_environments)
+    act = compiled_policy(network, host.action_space, host.num_environments)
     update, metrics = jax.jit(partial(a2c.update, config, network)), {}
     for iteration in range(num_iterations):
         policy = partial(act, a2c.stale_params(config, state))
@@ -107,7 +107,7 @@ def test_reinforce_learns_a_probe_on_a_host():
     network: Any = ActorCritic(action_space=host.action_space, hidden_sizes=(16,))
     config = reinforce.Config(num_environments=16, num_steps=2, gamma=0.9, learning_rate=0.05)
     state = reinforce.init(config, network, jax.random.key(0), host.observation_space)
-    act = compiled_policy(reinforce, network, host.action_space, 16)
+    act = compiled_policy(network, host.action_space, 16)
     update = jax.jit(partial(reinforce.update, config, network))
     for iteration in range(100):
         running = gymnasium_rollout.start(host, seed=iteration)  # whole episodes
