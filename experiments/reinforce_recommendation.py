@@ -27,11 +27,9 @@ BASE = reinforce.Config(num_environments=512, num_steps=1, learning_rate=0.05, b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(experiment.SeedsConfig):
+class Config(experiment.IterationsConfig):
     """REINFORCE by baseline. SYNTHETIC; research only, not for clinical use."""
 
-    num_iterations: int = 1000
-    """Gradient steps of each learner."""
     reinforce: reinforce.Config = BASE
 
 

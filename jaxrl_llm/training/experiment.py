@@ -65,6 +65,18 @@ class SeedsConfig(TrainConfig):
         checks.at_least("num_seeds", self.num_seeds, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class IterationsConfig(SeedsConfig):
+    """What an experiment whose learners repeat one step, without an end of its own, takes besides."""
+
+    num_iterations: int = 1000
+    """Of collecting and updating."""
+
+    def validate(self) -> None:
+        super().validate()
+        checks.at_least("num_iterations", self.num_iterations, 1)
+
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 ConfigT_co = TypeVar("ConfigT_co", bound=RunConfig, covariant=True)
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,8 @@ LEARNERS = ("DQN", "A2C", "PPO", "SAC")
 def run(tmp_path, **options):
     config = deep_icu_sepsis.Config(output_dir=tmp_path, **options)
     config.validate()
-    result = deep_icu_sepsis.main(config)
+    with jax.debug_key_reuse(False):  # it takes keys that a scan under `vmap` runs over for used
+        result = deep_icu_sepsis.main(config)
     (folder,) = (tmp_path / "deep_icu_sepsis").iterdir()
     assert json.loads((folder / "result.json").read_text()) == result
     assert (folder / "learning_curves.png").stat().st_size > 20_000
