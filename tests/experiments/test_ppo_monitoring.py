@@ -20,32 +20,34 @@ def main(config):
         return ppo_monitoring.main(config)
 
 
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_main_writes_its_folder_and_returns_what_is_known(recurrent, tmp_path, capsys):
+def check_output(tmp_path, result, output):
+    (folder,) = (tmp_path / "ppo_monitoring").iterdir()
+    assert json.loads((folder / "result.json").read_text()) == result
+    for name in ("learning_curve.png", "episode.png"):
+        assert (folder / name).stat().st_size > 10_000
+    assert result["random"] < result["threshold"] < result["optimal"]
+    for name in ("random", "threshold", "optimal", "PPO, mode", report.RESEARCH_ONLY):
+        assert name in output
+
+
+def test_a_memory_of_vital_signs_alone_writes_its_folder(tmp_path, capsys):
     size = {"num_environments": 4, "num_steps": 8, "num_iterations": 2}
     config = ppo_monitoring.Config(
         output_dir=tmp_path,
         num_seeds=2,
         num_evaluations=2,
         num_checkpoints=1,
-        recurrent=recurrent,
-        vital_signs_only=recurrent,
-        ppo=replace(ppo_monitoring.FEED_FORWARD, **size),
+        recurrent=True,
+        vital_signs_only=True,
         recurrent_ppo=replace(ppo_monitoring.RECURRENT, **size),
     )
     result = main(config)
-    (folder,) = (tmp_path / "ppo_monitoring").iterdir()
-    assert json.loads((folder / "result.json").read_text()) == result
-    for name in ("learning_curve.png", "episode.png"):
-        assert (folder / name).stat().st_size > 10_000
-    assert result["random"] < result["threshold"] < result["optimal"]
+    check_output(tmp_path, result, capsys.readouterr().out)
     assert result["mode_mean"] < result["optimal"]
-    output = capsys.readouterr().out
-    for name in ("random", "threshold", "optimal", "PPO, mode", report.RESEARCH_ONLY):
-        assert name in output
 
 
-def test_default_settings_comes_close_to_the_optimum(tmp_path):
+def test_default_settings_comes_close_to_the_optimum(tmp_path, capsys):
     result = main(ppo_monitoring.Config(output_dir=tmp_path, num_seeds=2))
+    check_output(tmp_path, result, capsys.readouterr().out)
     assert result["mode_min"] > result["threshold"]
     assert result["optimal"] - 0.1 < result["mode_mean"] < result["optimal"] + 0.02

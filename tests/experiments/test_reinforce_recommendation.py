@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -31,16 +30,9 @@ def run_folder(output_dir: Path) -> Path:
     return folder
 
 
-def test_main_writes_its_folder_and_returns_exact_rewards(tmp_path, capsys):
-    tiny = replace(reinforce_recommendation.Config().reinforce, num_environments=64)
-    config = reinforce_recommendation.Config(
-        output_dir=tmp_path,
-        num_seeds=2,
-        num_evaluations=2,
-        num_checkpoints=1,
-        num_iterations=4,
-        reinforce=tiny,
-    )
+def test_every_baseline_reaches_the_optimum_with_less_variance_than_none(tmp_path, capsys):
+    """The published target on another matrix is 1.60 of 1.6068, which is 99.6 % of the optimum."""
+    config = reinforce_recommendation.Config(output_dir=tmp_path, num_seeds=4)
     result = main(config)
     for name, value in KNOWN.items():
         np.testing.assert_allclose(result[name], value, atol=1e-5)
@@ -48,20 +40,13 @@ def test_main_writes_its_folder_and_returns_exact_rewards(tmp_path, capsys):
     assert json.loads((folder / "result.json").read_text()) == result
     assert (folder / "learning.png").stat().st_size > 10_000
     for baseline in reinforce.BASELINES:
-        # Four steps learn next to nothing.
-        assert abs(result[f"{baseline}_reward"] - KNOWN["random"]) < 0.1
         lines = logging.read_metrics(folder / baseline)
-        assert [line["step"] for line in lines] == [2, 4]
-        assert np.shape([line["variance"] for line in lines]) == (2, 2)
+        assert [line["step"] for line in lines] == list(range(25, 1001, 25))
+        assert np.shape([line["variance"] for line in lines]) == (40, 4)
         np.testing.assert_allclose(np.mean(lines[-1]["reward"]), result[f"{baseline}_reward"])
     output = capsys.readouterr().out
     for name in (*KNOWN, "baseline: moving_average", report.RESEARCH_ONLY):
         assert name in output
-
-
-def test_every_baseline_reaches_the_optimum_with_less_variance_than_none(tmp_path):
-    """The published target on another matrix is 1.60 of 1.6068, which is 99.6 % of the optimum."""
-    result = main(reinforce_recommendation.Config(output_dir=tmp_path, num_seeds=4))
     share = {name: result[f"{name}_reward"] / KNOWN["optimum"] for name in reinforce.BASELINES}
     variance = {name: result[f"{name}_variance"] for name in reinforce.BASELINES}
     for name in ("constant", "moving_average", "value"):
