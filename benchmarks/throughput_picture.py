@@ -117,7 +117,14 @@ def throughput(measured: Throughput) -> Figure:
         sizes = sorted(rates)
         levels = [rates[size] for size in sizes]
         axes.plot(
-            sizes, levels, color=plotting.GREY, linestyle=dashes, linewidth=1.3, label=f"({name})"
+            sizes,
+            levels,
+            color=plotting.GREY,
+            # A line through a single point is invisible.
+            marker="*" if len(sizes) == 1 else None,
+            linestyle=dashes,
+            linewidth=1.3,
+            label=f"({name})",
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

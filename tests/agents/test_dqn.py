@@ -141,6 +141,7 @@ def test_loss_bootstraps_from_where_the_window_was_cut(changes, expected):
     np.testing.assert_allclose(q + error, [expected], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_of_double_learning_evaluates_the_choice_of_the_online_network():
     config = dataclasses.replace(SMALL, is_double=True)
     target_params = jnp.zeros((6, 2)).at[3].set(jnp.array([8.0, 1.0]))

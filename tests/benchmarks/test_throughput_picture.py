@@ -59,6 +59,8 @@ def test_throughput_draws_each_rate_and_the_fastest_first(results):
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
     assert list(lines) == ["cartpole", "glucose", "icu-sepsis-vitals", "(simglucose)"]
     np.testing.assert_array_equal(lines["glucose"], [[1, 5e3], [2048, 1e6]])
+    (peer,) = (line for line in axes.get_lines() if line.get_label() == "(simglucose)")
+    assert peer.get_marker() == "*"
     assert axes.get_xscale() == axes.get_yscale() == "log"
 
 

@@ -51,6 +51,7 @@ def greedy_continuation(model, params, num_new):
     return tokens
 
 
+@pytest.mark.slow
 def test_forward_gives_our_logits(torch, subject):
     model, params, logits = subject
     peer = torch_peers.forward(model.config, params, "float32", jnp.asarray(TOKENS))

@@ -73,6 +73,7 @@ def test_step_delivers_the_dose_and_keeps_the_patient(follow):
     assert not steps.truncated[:-1].any()
 
 
+@pytest.mark.slow
 def test_observation_shows_what_info_says(follow):
     actions = jnp.full((72, NUM, 1), BASAL)
     _, steps = follow(jax.random.key(1), actions)

@@ -213,6 +213,7 @@ def test_observation_is_a_scaled_logarithm():
     assert np.asarray(hiv.observe(cells_of(np.full(6, 1e9)))).tolist() == [1] * 6
 
 
+@pytest.mark.slow
 def test_episodes_are_sound_under_any_schedule():
     environment = hiv.make(max_steps=40, patient_variation=0.2, num_substeps=50)
     batch = simulators.assert_sound(environment, max_steps=40, num_patients=32)

@@ -85,6 +85,7 @@ def test_policies_have_the_published_survival(undiscounted):
         )
 
 
+@pytest.mark.slow
 def test_policies_have_the_published_discounted_survival(problem):
     with jax.enable_x64(True):
         discounted = exact(problem, 0.99)

@@ -52,6 +52,7 @@ def test_main_finds_the_oracles_values(small):
         assert 0 < result[f"{name}_residual"] <= config.tolerance
 
 
+@pytest.mark.slow
 def test_main_leaves_result_metrics_and_pictures(small):
     config, result = small
     folder = run_folder(config.output_dir)
@@ -145,6 +146,7 @@ def test_mistakes_of_the_user_end_in_one_line(arguments, message, monkeypatch, c
     assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_tolerance(small, monkeypatch, capsys):
     folder = run_folder(small[0].output_dir)
     arguments = ["plan_treatment", "--resume", str(folder), "--tolerance", "0.1"]

@@ -203,10 +203,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole,
 
 @pytest.mark.slow
 def test_default_configuration_survives_almost_as_well_as_the_optimum(tmp_path):
-    result = main(ppo_icu_sepsis.Config(output_dir=tmp_path))
+    result = main(ppo_icu_sepsis.Config(output_dir=tmp_path, num_seeds=3))
     assert 0.865 <= result["greedy_mean"] <= oracles.ICU_SEPSIS_RETURN["optimal"] + 1e-4
     assert result["greedy_std"] < 0.005
     assert result["stochastic_mean"] > result["clinicians"]
     curves = np.array([line["greedy"] for line in logging.read_metrics(run_folder(tmp_path))])
-    assert curves.shape == (40, 10)
+    assert curves.shape == (40, 3)
     assert curves[0].mean() < curves[-1].mean()

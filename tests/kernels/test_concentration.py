@@ -92,7 +92,7 @@ def test_empirical_bernstein_interval_always_covers():
 @pytest.mark.slow
 def test_bootstrap_intervals_of_every_estimator_cover_on_policy():
     """500 repetitions of 250 trajectories each, under the behaviour policy itself."""
-    repetitions, num, num_resamples = 500, 250, 400
+    repetitions, num, num_resamples = 500, 250, 200
     behaviour, q = jnp.asarray(BEHAVIOUR), exact_q(BEHAVIOUR)
     exact = float(BEHAVIOUR[0] @ np.asarray(q)[0]) * (1 - (0.7 * GAMMA) ** 12)
     log = simulate(5, repetitions * num)

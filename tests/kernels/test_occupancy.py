@@ -105,6 +105,7 @@ def test_constrained_optimum_matches_linear_programming(x64):
             np.testing.assert_allclose(solution.cost, budget, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_constrained_optimum_keeps_its_promises_when_followed(x64):
     mdp, cost = oracles.two_state_mdp(), jnp.array(oracles.M2_COST)
     solution = solve(mdp, cost, oracles.M2_BUDGET)

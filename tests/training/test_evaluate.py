@@ -107,6 +107,7 @@ def test_monte_carlo_return_covers_the_exact_value_of_treatment():
     assert estimate.unfinished == 1
 
 
+@pytest.mark.slow
 def test_monte_carlo_return_stops_at_a_time_limit():
     # 10 decisions under the uniform policy, summed on the host.
     mdp = oracles.treatment_mdp()
