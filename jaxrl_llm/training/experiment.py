@@ -67,7 +67,7 @@ class SeedsConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IterationsConfig(SeedsConfig):
-    """What an experiment whose learners repeat one step, without an end of its own, takes besides."""
+    """What an experiment takes besides whose learners repeat one step as often as asked."""
 
     num_iterations: int = 1000
     """Of collecting and updating."""

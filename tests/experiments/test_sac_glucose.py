@@ -96,4 +96,4 @@ def test_main_writes_its_folder_and_compares_on_the_same_patients(tmp_path, caps
 @pytest.mark.parametrize("name", ["num_patients", "num_iterations", "num_seeds"])
 def test_config_names_what_is_wrong(name):
     with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least 1$"):
-        sac_glucose.Config(**{name: 0}).validate()
+        replace(sac_glucose.Config(), **{name: 0}).validate()
