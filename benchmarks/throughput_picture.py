@@ -1,29 +1,29 @@
 """Environment steps a second against the number of patients, from measured results.
 
-    python -m benchmarks.throughput_picture results.jsonl [more.jsonl ...] --picture throughput.png
+    python -m benchmarks.throughput_picture --results mine.jsonl [more.jsonl ...]
 
-Reads the JSON lines of `python -m benchmarks --match environments`; of a case that was measured
-more than once the last line counts. One picture is one machine: files of several are refused.
+Reads the JSON lines of `python -m benchmarks --match environments`, by default the committed ones;
+of a case that was measured more than once the last line counts. One picture is one machine: files
+of several are refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from jaxrl_llm.training import plotting
+from jaxrl_llm.data import json_lines
+from jaxrl_llm.training import cli, plotting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CASE = re.compile(r"environments/(?P<name>.+?)-(?P<size>\d+)(?:-[a-z-]+)?$")
+_FIELDS = ("case", "error", "items_per_second", "machine")
 _MARKERS = "osD^vPX"
 _DASHES = ("-", (0, (6, 1.5)), (0, (2, 1)))
 # name of an environment -> number of patients -> steps a second
@@ -34,10 +34,14 @@ Rates = dict[str, dict[int, float]]
 class Options:
     """Draws steps a second against the number of patients."""
 
-    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    results: tuple[Path, ...] = (Path(__file__).parent / "results" / "deep-cpu-2-cores.jsonl",)
     """JSON lines that the benchmarks wrote, of one machine."""
     picture: Path = Path("throughput.png")
     """Where to write it."""
+
+    def validate(self) -> None:
+        if not self.results:
+            raise ValueError("results is empty; name at least one file of JSON lines")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +64,14 @@ def read(paths: Sequence[Path]) -> Throughput:
     """The rates in files of JSON lines.
 
     Raises:
-      ValueError: no environment was measured, or two machines were.
+      ValueError: a file cannot be read or has a line that is no benchmark's; no environment was
+        measured, or two machines were.
     """
     ours: Rates = {}
     peers: Rates = {}
     machines: list[str] = []
     for path in paths:
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        for record in json_lines.read_records(path, _parse):
             case = _CASE.match(record["case"])
             if case is None or record["error"] is not None:
                 continue
@@ -83,6 +87,12 @@ def read(paths: Sequence[Path]) -> Throughput:
     if len(found := sorted(set(machines))) > 1:
         raise ValueError(f"results {names} are of {len(found)} machines; draw one at a time")
     return Throughput(ours=ours, peers=peers, machine=machines[0])
+
+
+def _parse(record: object) -> Mapping:
+    if not isinstance(record, Mapping) or any(field not in record for field in _FIELDS):
+        raise ValueError("no benchmark's record; give files that `python -m benchmarks` wrote")
+    return record
 
 
 def _describe(machine: Mapping) -> str:
@@ -143,10 +153,10 @@ def throughput(measured: Throughput) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.throughput_picture")
-    return plotting.save_figure(throughput(read(options.results)), options.picture)
+def main(options: Options) -> None:
+    """Draws, and prints where the picture is."""
+    print(plotting.save_figure(throughput(read(options.results)), options.picture))
 
 
 if __name__ == "__main__":
-    print(main())
+    cli.main(main, Options)

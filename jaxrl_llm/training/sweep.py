@@ -103,12 +103,15 @@ def sample(
 
 
 def check_points(points: Mapping[str, ArrayLike], config: Any) -> None:
-    """Raises the ValueError of `config.validate()` for the first point that it refuses.
+    """Raises a ValueError for an unknown name or the first point that `config.validate()` refuses.
 
     Args:
       points: values `[P]` by name.
       config: a dataclass with fields of those names, such as an agent's `Config`.
     """
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in points:
+        checks.one_of("points: name", name, known)
     columns = {name: np.asarray(column).tolist() for name, column in points.items()}
     for index, values in enumerate(zip(*columns.values(), strict=True)):
         try:

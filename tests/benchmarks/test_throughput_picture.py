@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput_picture
+from jaxrl_llm.training import cli
 
 MACHINE = {
     "platform": "cpu",
@@ -64,9 +65,40 @@ def test_throughput_draws_each_rate_and_the_fastest_first(results):
     assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
-def test_main_writes_a_picture(results, tmp_path):
-    path = throughput_picture.main([str(results), "--picture", str(tmp_path / "picture.png")])
-    assert matplotlib.image.imread(path).shape[:2] == (840, 1350)
+def test_main_writes_a_picture(results, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    throughput_picture.main(throughput_picture.Options(results=(results,), picture=picture))
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert matplotlib.image.imread(picture).shape[:2] == (840, 1350)
+
+
+def test_default_is_the_committed_table():
+    measured = throughput_picture.read(throughput_picture.Options().results)
+    assert len(measured.ours) >= 15
+    assert all({1, 64, 2048, 16384} <= set(rates) for rates in measured.ours.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory; check the path"),
+        ('{"case": ', "invalid JSON at column"),
+        ("3", "no benchmark's record; give files that `python -m benchmarks` wrote"),
+        ('{"case": "environments/hiv-1"}', "no benchmark's record; give files that"),
+    ],
+)
+def test_read_names_the_file_that_it_cannot_use(content, message, tmp_path):
+    path = tmp_path / "results.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
+        throughput_picture.read([path])
+
+
+def test_command_line_needs_a_file(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(throughput_picture.Options, ["--results"])
+    assert "--results is empty; name at least one file" in capsys.readouterr().err
 
 
 def test_read_refuses_no_environment_and_two_machines(results, tmp_path):

@@ -256,6 +256,7 @@ def steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
     finish([*FLAGS, f"--output-dir={tmp_path / 'whole'}"])
     whole = run_folder(tmp_path / "whole")

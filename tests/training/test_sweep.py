@@ -214,6 +214,8 @@ def test_other_faults_are_named_in_one_line():
         sweep.sample(root(), 3, uniform={"rate": (0.5, 0.1)})
     with pytest.raises(ValueError, match=r"point 1: rate is 3.0; it must be in \[0, 1\]"):
         sweep.check_points({"rate": [0.5, 3.0]}, Config())
+    with pytest.raises(ValueError, match="points: name is 'rat'; it must be one of 'rate'"):
+        sweep.check_points({"rat": [0.5]}, Config())
     sweep.check_points({"rate": [0.5, 1.0]}, Config())
     bare = Algorithm(init=jax.random.normal, step=lambda key, state: (state, {}))
     with pytest.raises(ValueError, match="makes a state without hyperparameters"):
