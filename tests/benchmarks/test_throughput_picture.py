@@ -83,6 +83,7 @@ def test_default_is_the_committed_table():
     [
         (None, "cannot be read: No such file or directory; check the path"),
         ('{"case": ', "invalid JSON at column"),
+        ("", "holds no record; write one JSON object a line"),
         ("3", "no benchmark's record; give files that `python -m benchmarks` wrote"),
         ('{"case": "environments/hiv-1"}', "no benchmark's record; give files that"),
     ],
@@ -102,9 +103,9 @@ def test_command_line_needs_a_file(capsys):
 
 
 def test_read_refuses_no_environment_and_two_machines(results, tmp_path):
-    empty = write(tmp_path / "empty.jsonl")
+    others = write(tmp_path / "others.jsonl", ("ppo/cartpole-64", 9.0, None, None))
     with pytest.raises(ValueError, match="hold no environment; run --match environments"):
-        throughput_picture.read([empty])
+        throughput_picture.read([others])
     gpu = {**MACHINE, "platform": "gpu", "device": "NVIDIA H200"}
     other = write(tmp_path / "gpu.jsonl", ("environments/hiv-1", 1.0, None, None), machine=gpu)
     assert throughput_picture.read([other]).machine == "1 × NVIDIA H200, JAX 0.10.2"
