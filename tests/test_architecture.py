@@ -186,4 +186,5 @@ jax.make_mesh((1,), ("data",))
 def test_machine_path_tells_paths_from_text() -> None:
     for folder in ("home", "root", "Users"):
         assert MACHINE_PATH.search(f"open('/{folder}/someone/runs')")
-    assert not MACHINE_PATH.search("tests/work/reports and ~/home/reports")
+    for folder in ("work", "home"):
+        assert not MACHINE_PATH.search(f"tests/{folder}/reports and ~/{folder}/reports")
